@@ -1,0 +1,46 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both need Python >= 3.10, a C++ compiler and make.
+PYTHON ?= python3
+VENV ?= .venv
+# The versions that were tested; leave empty to take what pip finds: make test CONSTRAINTS=
+CONSTRAINTS ?= -c constraints-cpu.txt
+
+BIN := $(VENV)/bin
+
+.PHONY: demo test bench style clean
+
+demo: $(VENV)/.demo
+	$(BIN)/berdiff-fast demo --output demo.png
+
+test: $(VENV)/.test
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.test
+	mkdir -p benchmarks/results
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json benchmarks/results/last.json
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc berdiff_fast -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -name '*.safetensors')
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.demo: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install $(CONSTRAINTS) ".[figures]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install $(CONSTRAINTS) ".[test]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install $(CONSTRAINTS) ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

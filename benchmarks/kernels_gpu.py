@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""The step kernel on an NVIDIA GPU, as a share of the copy bandwidth measured in the same run; writes JSON.
+
+    python benchmarks/kernels_gpu.py --output benchmarks/results/gpu.json
+
+Bits are compared with the reference before anything is timed. Times are medians of CUDA events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+
+import torch
+
+from berdiff_fast import NoiseSchedule, image_seeds, ops
+from berdiff_fast.backends import select
+from berdiff_fast.info import collect
+
+SCHEDULE = NoiseSchedule("cosine2")
+TAUS = SCHEDULE.subsequence(10)
+
+
+def median_ms(function: Callable[[], object], repeats: int = 30) -> float:
+    for _ in range(5):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a large device-to-device copy."""
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (median_ms(lambda: target.copy_(source)) * 1e-3)
+
+
+def step_case(backend: str, masks: int, size: int, logits: torch.dtype, mask: torch.dtype, bandwidth: float) -> dict:
+    torch.manual_seed(0)
+    z = torch.randn(masks, 1, size, size, device="cuda", dtype=torch.float32).mul_(3).to(logits)
+    y = (torch.rand(masks, 1, size, size, device="cuda") < 0.5).to(mask)
+    seeds = image_seeds(0, 1).cuda()
+    coefficients = SCHEDULE.step_table(TAUS).float()[5].cuda()
+    flag = torch.zeros(1, dtype=torch.int32, device="cuda")
+
+    def step(name: str, rows: int = masks) -> torch.Tensor:
+        return ops.sample_step(
+            y[:rows], z[:rows], seeds, coefficients, TAUS[5], samples_per_image=masks, nan_flag=flag, backend=name
+        )
+
+    few = min(masks, 16)
+    expected = ops.sample_step(
+        y[:few].cpu(), z[:few].cpu(), seeds.cpu(), coefficients.cpu(), TAUS[5], samples_per_image=masks, backend="cpp"
+    )
+    assert torch.equal(step(backend, few).cpu(), expected), "the bits differ; nothing is timed"
+    milliseconds = median_ms(lambda: step(backend))
+    moved = y.numel() * (2 * y.element_size() + z.element_size())
+    return {
+        "case": f"step {masks} x {size} x {size}, logits {logits}, masks {mask}",
+        "backend": backend,
+        "ms": milliseconds,
+        "bytes": moved,
+        "GB_per_s": moved / milliseconds / 1e6,
+        "share_of_copy": moved / (milliseconds * 1e-3) / bandwidth,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True)
+    output = parser.parse_args().output
+    bandwidth = copy_bandwidth()
+    cases = [
+        step_case(backend, masks, size, logits, mask, bandwidth)
+        for backend in ("cuda", "triton", "reference")
+        if select.can_run(backend, "cuda")
+        for masks, size, logits, mask in (
+            (4096, 256, torch.bfloat16, torch.bool),
+            (4096, 256, torch.bfloat16, torch.bfloat16),
+            (16, 128, torch.bfloat16, torch.bfloat16),
+        )
+        if not (backend == "reference" and masks > 16)
+    ]
+    with open(output, "w") as file:
+        json.dump({"machine": collect(), "copy_GB_per_s": bandwidth / 1e9, "cases": cases}, file, indent=1)
+    for case in cases:
+        print(f"{case['backend']:10s} {case['ms']:9.4f} ms  {case['share_of_copy']:6.1%} of copy  {case['case']}")
+
+
+if __name__ == "__main__":
+    main()

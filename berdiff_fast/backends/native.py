@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls into a compiled module: tensors become pointers, sizes and type numbers (csrc/bindings/ops.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+#: Numbered as ``berdiff::Type`` in csrc/include/berdiff/arguments.h.
+TYPES = {torch.bool: 0, torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
+
+
+class NativeBackend:
+    """The ops of one compiled module.
+
+    Args:
+        module: ``berdiff_fast._cpu`` or ``berdiff_fast._cuda``.
+        context: called with an op's output, returns what the module wants last: a number of threads or a stream.
+    """
+
+    def __init__(self, module: ModuleType, context: Callable[[torch.Tensor], int]) -> None:
+        self.module = module
+        self._context = context
+
+    def noise(
+        self, out: torch.Tensor, seeds: torch.Tensor, samples_per_image: int, first_row: int, first_sample: int
+    ) -> None:
+        rows = out.shape[0]
+        self.module.noise(
+            out.data_ptr(),
+            TYPES[out.dtype],
+            seeds.data_ptr(),
+            rows,
+            out.numel() // rows,
+            samples_per_image,
+            first_row,
+            first_sample,
+            self._context(out),
+        )
+
+    def q_sample(
+        self,
+        out: torch.Tensor,
+        y_0: torch.Tensor,
+        t: torch.Tensor,
+        flip: torch.Tensor,
+        seeds: torch.Tensor,
+        samples_per_image: int,
+        first_row: int,
+        first_sample: int,
+    ) -> None:
+        rows = out.shape[0]
+        self.module.q_sample(
+            out.data_ptr(),
+            TYPES[out.dtype],
+            y_0.data_ptr(),
+            TYPES[y_0.dtype],
+            t.data_ptr(),
+            flip.data_ptr(),
+            seeds.data_ptr(),
+            rows,
+            out.numel() // rows,
+            samples_per_image,
+            first_row,
+            first_sample,
+            self._context(out),
+        )
+
+    def step(
+        self,
+        out: torch.Tensor,
+        y_t: torch.Tensor,
+        logits: torch.Tensor,
+        coefficients: torch.Tensor,
+        nan_flag: torch.Tensor,
+        timestep: int,
+        predicts_y0: bool,
+        threshold: bool,
+        seeds: torch.Tensor,
+        samples_per_image: int,
+        first_row: int,
+        first_sample: int,
+    ) -> None:
+        rows = out.shape[0]
+        self.module.step(
+            out.data_ptr(),
+            TYPES[out.dtype],
+            y_t.data_ptr(),
+            TYPES[y_t.dtype],
+            logits.data_ptr(),
+            TYPES[logits.dtype],
+            coefficients.data_ptr(),
+            nan_flag.data_ptr(),
+            timestep,
+            predicts_y0,
+            threshold,
+            seeds.data_ptr(),
+            rows,
+            out.numel() // rows,
+            samples_per_image,
+            first_row,
+            first_sample,
+            self._context(out),
+        )
+
+    def posterior(
+        self,
+        out: torch.Tensor,
+        y_t: torch.Tensor,
+        logits: torch.Tensor,
+        coefficients: torch.Tensor,
+        predicts_y0: bool,
+    ) -> None:
+        self.module.posterior(
+            out.data_ptr(),
+            y_t.data_ptr(),
+            TYPES[y_t.dtype],
+            logits.data_ptr(),
+            TYPES[logits.dtype],
+            coefficients.data_ptr(),
+            predicts_y0,
+            out.numel(),
+            self._context(out),
+        )

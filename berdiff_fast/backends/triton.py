@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels, for a GPU without the CUDA module; under ``TRITON_INTERPRET=1`` also for the CPU.
+
+The arithmetic is that of ``csrc/include/berdiff/draw.h``, line by line; launches forbid fused operations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+#: Philox blocks (of four pixels) per program. No autotuning: kernels may run inside a captured graph. The masks do not
+#: depend on it, so the interpreter, whose cost is by the program, takes larger ones.
+BLOCKS = 256
+_INTERPRETED_BLOCKS = 2**15
+
+INITIAL_NOISE = tl.constexpr(0)
+SAMPLING_STEP = tl.constexpr(1)
+TRAINING_NOISE = tl.constexpr(2)
+
+
+@triton.jit
+def locate(program, chunks_per_row, BLOCKS: tl.constexpr):
+    """Row, first block and pixel numbers of a program; in int64, for masks beyond 2^31 pixels in all."""
+    program = program.to(tl.int64)
+    row = program // chunks_per_row
+    blocks = (program % chunks_per_row) * BLOCKS + tl.arange(0, BLOCKS).to(tl.int64)
+    pixels = (program % chunks_per_row) * (4 * BLOCKS) + tl.arange(0, 4 * BLOCKS).to(tl.int64)
+    return row, blocks, pixels
+
+
+@triton.jit
+def philox_words(
+    seeds, row, blocks, tag, STREAM: tl.constexpr, samples_per_image, first_row, first_sample, BLOCKS: tl.constexpr
+):
+    """Philox4x32-10: the words of the blocks, in pixel order."""
+    mask = row + first_row
+    seed = tl.load(seeds + mask // samples_per_image)
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    c0 = blocks.to(tl.uint32)
+    c1 = tl.zeros_like(c0) + (mask % samples_per_image + first_sample).to(tl.uint32)
+    c2 = tl.zeros_like(c0) + tag.to(tl.uint32)
+    c3 = tl.full(c0.shape, STREAM, tl.uint32)
+    m0 = tl.full(c0.shape, 0xD2511F53, tl.uint32)
+    m1 = tl.full(c0.shape, 0xCD9E8D57, tl.uint32)
+    w0 = tl.full((1,), 0x9E3779B9, tl.uint32)
+    w1 = tl.full((1,), 0xBB67AE85, tl.uint32)
+    k0 = k0 + tl.zeros_like(w0)
+    k1 = k1 + tl.zeros_like(w1)
+    for _ in tl.static_range(10):
+        high0 = tl.umulhi(m0, c0)
+        high1 = tl.umulhi(m1, c2)
+        low0 = m0 * c0
+        low1 = m1 * c2
+        c0 = high1 ^ c1 ^ k0
+        c1 = low1
+        c2 = high0 ^ c3 ^ k1
+        c3 = low0
+        k0 = k0 + w0
+        k1 = k1 + w1
+    return tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), (4 * BLOCKS,))
+
+
+@triton.jit
+def widen(x):
+    """float32 of any element, exactly; bfloat16 by its bits, since the interpreter drops its subnormal numbers."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def uniform(words):
+    return (words >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
+def exp_negative(z):
+    z = tl.where(z < 64.0, z, 64.0)
+    z = tl.where(z > -64.0, z, -64.0)
+    w = z * -1.4426950216293335
+    t = w + 12582912.0
+    f = w - (t - 12582912.0)
+    p = f * 0.001326470053754747 + 0.009671533480286598
+    p = p * f + 0.05550733953714371
+    p = p * f + 0.24022242426872253
+    p = p * f + 0.6931470036506653
+    p = p * f + 1.0
+    return (p.to(tl.int32, bitcast=True) + (t.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def zero_or_one(y, DTYPE: tl.constexpr):
+    # By way of float32: the interpreter cannot turn a bit into a bfloat16.
+    return tl.where(y, 1.0, 0.0).to(DTYPE)
+
+
+@triton.jit
+def epsilon_logit(z, y, PREDICTS_Y0: tl.constexpr):
+    if PREDICTS_Y0:
+        z = tl.where(y, -z, z)
+    return z
+
+
+@triton.jit(do_not_specialize=["first_row", "first_sample"])
+def noise_kernel(out, pixels, chunks_per_row, seeds, samples_per_image, first_row, first_sample, BLOCKS: tl.constexpr):
+    row, blocks, pixel = locate(tl.program_id(0), chunks_per_row, BLOCKS)
+    words = philox_words(seeds, row, blocks, row * 0, INITIAL_NOISE, samples_per_image, first_row, first_sample, BLOCKS)
+    y = uniform(words) < 0.5
+    tl.store(out + row * pixels + pixel, zero_or_one(y, out.dtype.element_ty), mask=pixel < pixels)
+
+
+@triton.jit(do_not_specialize=["first_row", "first_sample"])
+def q_sample_kernel(
+    out,
+    pixels,
+    chunks_per_row,
+    y_0,
+    t,
+    flip,
+    seeds,
+    samples_per_image,
+    first_row,
+    first_sample,
+    BLOCKS: tl.constexpr,
+):
+    row, blocks, pixel = locate(tl.program_id(0), chunks_per_row, BLOCKS)
+    words = philox_words(
+        seeds,
+        row,
+        blocks,
+        tl.load(t + row),
+        TRAINING_NOISE,
+        samples_per_image,
+        first_row,
+        first_sample,
+        BLOCKS,
+    )
+    live = pixel < pixels
+    y = widen(tl.load(y_0 + row * pixels + pixel, mask=live, other=0)) != 0.0
+    p = tl.where(y, tl.load(flip + 2 * row + 1), tl.load(flip + 2 * row))
+    y = y ^ (uniform(words) < p)
+    tl.store(out + row * pixels + pixel, zero_or_one(y, out.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["timestep", "first_row", "first_sample"])
+def step_kernel(
+    out,
+    pixels,
+    chunks_per_row,
+    y_t,
+    logits,
+    coefficients,
+    nan_flag,
+    seeds,
+    timestep,
+    samples_per_image,
+    first_row,
+    first_sample,
+    PREDICTS_Y0: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    row, blocks, pixel = locate(tl.program_id(0), chunks_per_row, BLOCKS)
+    live = pixel < pixels
+    at = row * pixels + pixel
+    y = widen(tl.load(y_t + at, mask=live, other=0)) != 0.0
+    z = widen(tl.load(logits + at, mask=live, other=0.0))
+    tl.store(nan_flag + tl.zeros_like(pixel), tl.full(pixel.shape, 1, tl.int32), mask=z != z)
+    z = epsilon_logit(z, y, PREDICTS_Y0)
+    if THRESHOLD:
+        flip = z > 0.0
+    else:
+        words = philox_words(
+            seeds,
+            row,
+            blocks,
+            row * 0 + timestep,
+            SAMPLING_STEP,
+            samples_per_image,
+            first_row,
+            first_sample,
+            BLOCKS,
+        )
+        e = exp_negative(z)
+        denominator = tl.load(coefficients + 2) + tl.load(coefficients + 3) * e
+        numerator = tl.load(coefficients) + tl.load(coefficients + 1) * e
+        flip = uniform(words) * denominator < numerator
+    tl.store(out + at, zero_or_one(y ^ flip, out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def posterior_kernel(
+    out, pixels, chunks_per_row, y_t, logits, coefficients, PREDICTS_Y0: tl.constexpr, BLOCKS: tl.constexpr
+):
+    _row, _blocks, at = locate(tl.program_id(0), chunks_per_row, BLOCKS)
+    live = at < pixels
+    y = widen(tl.load(y_t + at, mask=live, other=0)) != 0.0
+    z = widen(tl.load(logits + at, mask=live, other=0.0))
+    z = epsilon_logit(z, y, PREDICTS_Y0)
+    e = exp_negative(z)
+    denominator = tl.load(coefficients + 2) + tl.load(coefficients + 3) * e
+    numerator = tl.load(coefficients) + tl.load(coefficients + 1) * e
+    flip = tl.div_rn(numerator, denominator)
+    mean = tl.where(y, 1.0 - flip, flip)
+    tl.store(out + at, tl.where(z != z, z, mean), mask=live)
+
+
+#: Passed to every launch and to every ahead-of-time compilation: products and sums stay separately rounded.
+LAUNCH_OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    # Triton reads torch.bool as single bits; the mask is one byte a pixel.
+    return tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
+
+
+def _launch(kernel, rows: int, pixels: int, out: torch.Tensor, *arguments, **constants) -> None:
+    blocks = BLOCKS if out.is_cuda else min(triton.next_power_of_2(triton.cdiv(pixels, 4)), _INTERPRETED_BLOCKS)
+    chunks = triton.cdiv(pixels, 4 * blocks)
+    guard = torch.cuda.device_of(out) if out.is_cuda else contextlib.nullcontext()
+    with guard:
+        kernel[(rows * chunks,)](_bytes(out), pixels, chunks, *arguments, **constants, BLOCKS=blocks, **LAUNCH_OPTIONS)
+
+
+class TritonBackend:
+    """The same ops as ``NativeBackend``."""
+
+    def noise(
+        self, out: torch.Tensor, seeds: torch.Tensor, samples_per_image: int, first_row: int, first_sample: int
+    ) -> None:
+        rows = out.shape[0]
+        _launch(noise_kernel, rows, out.numel() // rows, out, seeds, samples_per_image, first_row, first_sample)
+
+    def q_sample(
+        self,
+        out: torch.Tensor,
+        y_0: torch.Tensor,
+        t: torch.Tensor,
+        flip: torch.Tensor,
+        seeds: torch.Tensor,
+        samples_per_image: int,
+        first_row: int,
+        first_sample: int,
+    ) -> None:
+        rows = out.shape[0]
+        _launch(
+            q_sample_kernel,
+            rows,
+            out.numel() // rows,
+            out,
+            _bytes(y_0),
+            t,
+            flip,
+            seeds,
+            samples_per_image,
+            first_row,
+            first_sample,
+        )
+
+    def step(
+        self,
+        out: torch.Tensor,
+        y_t: torch.Tensor,
+        logits: torch.Tensor,
+        coefficients: torch.Tensor,
+        nan_flag: torch.Tensor,
+        timestep: int,
+        predicts_y0: bool,
+        threshold: bool,
+        seeds: torch.Tensor,
+        samples_per_image: int,
+        first_row: int,
+        first_sample: int,
+    ) -> None:
+        rows = out.shape[0]
+        _launch(
+            step_kernel,
+            rows,
+            out.numel() // rows,
+            out,
+            _bytes(y_t),
+            logits,
+            coefficients,
+            nan_flag,
+            seeds,
+            timestep,
+            samples_per_image,
+            first_row,
+            first_sample,
+            PREDICTS_Y0=predicts_y0,
+            THRESHOLD=threshold,
+        )
+
+    def posterior(
+        self,
+        out: torch.Tensor,
+        y_t: torch.Tensor,
+        logits: torch.Tensor,
+        coefficients: torch.Tensor,
+        predicts_y0: bool,
+    ) -> None:
+        _launch(posterior_kernel, 1, out.numel(), out, _bytes(y_t), logits, coefficients, PREDICTS_Y0=predicts_y0)
+
+
+backend = TritonBackend()

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images with several raters each."""
+
+from berdiff_fast.data import phantom
+
+__all__ = ["phantom"]

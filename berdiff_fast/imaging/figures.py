@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of what a model drew: the slice, the raters, the samples, and where they disagree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
+
+# Okabe and Ito's orange and sky blue: told apart with every common colour vision deficiency.
+_RATER, _SAMPLE = "#E69F00", "#56B4E9"
+_INK = "#222222"
+
+# Inches.
+_COLUMNS = 8
+_SMALL, _GAP, _MARGIN, _CAPTION = 1.25, 0.08, 0.15, 0.24
+_WIDTH = _COLUMNS * _SMALL + (_COLUMNS - 1) * _GAP
+_BAR = 0.55  # a colour bar with its ticks
+_LARGE = (_WIDTH - 2 * _BAR - 2 * _GAP) / 3
+
+
+def require_matplotlib() -> None:
+    """Raise an ImportError that tells how to install matplotlib where it is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError('figures need matplotlib: pip install "berdiff_fast[figures]"') from error
+
+
+def disagreement(mean: Tensor | ArrayLike) -> Tensor:
+    """Return the binary entropy in bits of the share of masks that include each pixel.
+
+    -p log2 p - (1 - p) log2 (1 - p): 0 where all masks agree, 1 where half of them include the pixel.
+
+    Args:
+        mean: probabilities of any shape, in [0, 1].
+
+    Returns:
+        The entropy, of the same shape, floating point.
+
+    Raises:
+        ValueError: ``mean`` holds NaN or a value outside [0, 1].
+    """
+    p = torch.as_tensor(mean).detach()
+    p = p if p.is_floating_point() else p.float()
+    if not bool(((p >= 0) & (p <= 1)).all()):
+        raise ValueError("mean must hold probabilities in [0, 1], got NaN or values outside")
+    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)) / torch.log(p.new_tensor(2.0))
+
+
+def contact_sheet(
+    path: str | os.PathLike[str],
+    image: Tensor | ArrayLike,
+    samples: Tensor | ArrayLike,
+    *,
+    raters: Tensor | ArrayLike | None = None,
+    title: str | None = None,
+    labels: Sequence[str] | None = None,
+    max_samples: int = 16,
+) -> None:
+    """Write one PNG that shows each slice, its probability and disagreement maps, raters and samples.
+
+    Masks are drawn as a contour with a light fill over the slice, raters orange, samples blue. The
+    probability map is the mean of all n samples, its white line where the probability is 1/2. The
+    file is written beside ``path`` and moved there when it is complete.
+
+    Args:
+        path: the PNG; its folder must exist.
+        image: (H, W) or (B, H, W) real numbers, shown from each slice's minimum (black) to its maximum.
+        samples: (n, H, W) or (B, n, H, W) masks, bool or 0 and 1.
+        raters: (R, H, W) or (B, R, H, W) masks, bool or 0 and 1, or None.
+        title: the heading of the sheet.
+        labels: one for each of the B slices; by default their numbers, if there are several.
+        max_samples: the most samples, and the most raters, drawn one by one for each slice.
+
+    Raises:
+        FileNotFoundError: the folder of ``path`` does not exist.
+        ImportError: matplotlib is not installed.
+        TypeError: ``max_samples`` is not an int.
+        ValueError: shapes do not fit, the image is not finite, or a mask is not binary.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path must lie in an existing folder, got {path}")
+    if isinstance(max_samples, bool) or not isinstance(max_samples, int):
+        raise TypeError(f"max_samples must be an int, got {type(max_samples).__name__}")
+    if max_samples < 1:
+        raise ValueError(f"max_samples must be at least 1, got {max_samples}")
+    images = _images(image)
+    single = images.shape[0] == 1 and torch.as_tensor(image).ndim == 2
+    drawn = _masks("samples", samples, images, single)
+    rated = None if raters is None else _masks("raters", raters, images, single)
+    cases = images.shape[0]
+    if labels is None:
+        labels = [f"Slice {b + 1}" for b in range(cases)] if cases > 1 else [""]
+    elif isinstance(labels, str) or len(labels) != cases:
+        raise ValueError(f"labels must be a sequence of {cases} strings, one for each slice, got {labels!r}")
+
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = min(max_samples, drawn.shape[1])
+    rated_shown = 0 if rated is None else min(max_samples, rated.shape[1])
+    rows = -(-shown // _COLUMNS) + -(-rated_shown // _COLUMNS)
+    aspect = images.shape[1] / images.shape[2]
+    large, small = _CAPTION + _LARGE * aspect + _GAP, _CAPTION + _SMALL * aspect + _GAP
+    heading = 0.4 if title else 0.0
+    block = large + rows * small + 0.2
+    width, height = _WIDTH + 2 * _MARGIN, heading + cases * block + _MARGIN
+
+    # Laid out by hand, in inches from the top left corner: automatic layouts are slow with so many panels.
+    figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
+    FigureCanvasAgg(figure)
+
+    def panel(x: float, y: float, side: float, caption: str) -> Axes:
+        bottom = height - y - _CAPTION - side * aspect
+        axes = figure.add_axes(((x + _MARGIN) / width, bottom / height, side / width, side * aspect / height))
+        axes.set_axis_off()
+        axes.set_title(caption, fontsize=8, color=_INK, pad=3, loc="left")
+        return axes
+
+    def grid(top: float, picture: Tensor, masks: Tensor, name: str, color: str) -> float:
+        for k, mask in enumerate(masks):
+            row, column = divmod(k, _COLUMNS)
+            axes = panel(column * (_SMALL + _GAP), top + row * small, _SMALL, f"{name} {k + 1}")
+            _slice(axes, picture)
+            _outline(axes, mask, color)
+        return top + -(-len(masks) // _COLUMNS) * small
+
+    if title:
+        at = (_MARGIN / width, 1 - 0.27 / height)
+        figure.text(*at, title, fontsize=13, color=_INK, weight="bold", va="center")
+    for b in range(cases):
+        y = heading + b * block
+        _slice(panel(0, y, _LARGE, labels[b] or "Slice"), images[b])
+        mean = drawn[b].float().mean(0)
+        n = drawn.shape[1]
+        maps = (
+            (mean, f"Probability: mean of {n} sample{'s' * (n > 1)}", "cividis"),
+            (disagreement(mean), "Disagreement: entropy in bits", "inferno"),
+        )
+        for k, (values, caption, colors) in enumerate(maps):
+            x = (k + 1) * (_LARGE + _GAP) + k * _BAR
+            axes = panel(x, y, _LARGE, caption)
+            shades = axes.imshow(values.numpy(), cmap=colors, vmin=0, vmax=1, interpolation="nearest")
+            if k == 0:
+                _contour(axes, mean, "white", 0.9)
+            beside = axes.inset_axes((1.02, 0, 0.04, 1))
+            bar = figure.colorbar(shades, cax=beside, ticks=(0, 0.25, 0.5, 0.75, 1))
+            bar.ax.tick_params(labelsize=7, length=2, colors=_INK)
+            bar.outline.set_visible(False)
+        y += large
+        if rated is not None:
+            y = grid(y, images[b], rated[b, :rated_shown], "Rater", _RATER)
+        grid(y, images[b], drawn[b, :shown], "Sample", _SAMPLE)
+
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(partial, format="png")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _images(image: Tensor | ArrayLike) -> Tensor:
+    """(B, H, W) float32, checked."""
+    images = torch.as_tensor(image).detach().cpu()
+    if images.ndim not in (2, 3) or 0 in images.shape:
+        raise ValueError(f"image must be (H, W) or (B, H, W) and not empty, got {tuple(images.shape)}")
+    if images.is_complex():
+        raise ValueError(f"image must hold real numbers, got {images.dtype}")
+    images = images.float()
+    if not bool(images.isfinite().all()):
+        raise ValueError("image must be finite, got NaN or infinite values")
+    return images if images.ndim == 3 else images.unsqueeze(0)
+
+
+def _masks(name: str, value: Tensor | ArrayLike, images: Tensor, single: bool) -> Tensor:
+    """(B, n, H, W) bool, checked against the (B, H, W) images."""
+    masks = torch.as_tensor(value).detach().cpu()
+    given = tuple(masks.shape)
+    masks = masks.unsqueeze(0) if single else masks
+    cases, height, width = images.shape
+    if masks.ndim != 4 or masks.shape[1] < 1 or masks.shape[:1] + masks.shape[2:] != images.shape:
+        lead = "" if single else f"{cases}, "
+        raise ValueError(f"{name} must be ({lead}1 or more, {height}, {width}) to fit image, got {given}")
+    if not bool(((masks == 0) | (masks == 1)).all()):
+        raise ValueError(f"{name} must be masks, bool or 0 and 1, got other values")
+    return masks.bool()
+
+
+def _slice(axes: Axes, picture: Tensor) -> None:
+    axes.imshow(picture.numpy(), cmap="gray", interpolation="nearest")
+
+
+def _outline(axes: Axes, mask: Tensor, color: str) -> None:
+    from matplotlib.colors import to_rgb
+
+    rgb = torch.tensor(to_rgb(color)).expand(*mask.shape, 3)
+    fill = torch.cat([rgb, 0.22 * mask.unsqueeze(-1)], dim=-1)
+    axes.imshow(fill.numpy(), interpolation="nearest")
+    _contour(axes, mask.float(), color, 1.3)
+
+
+def _contour(axes: Axes, values: Tensor, color: str, width: float) -> None:
+    # A map that never crosses 1/2 has no contour, and one of a single row or column cannot have any.
+    if min(values.shape) > 1 and bool((values > 0.5).any()) and bool((values <= 0.5).any()):
+        axes.contour(values.numpy(), levels=[0.5], colors=color, linewidths=width)

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``BerDiff``: a network together with all that is needed to sample from it, as one object and one file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from berdiff_fast import checks
+from berdiff_fast.network import official
+from berdiff_fast.network.unet import UNet
+from berdiff_fast.ops import PREDICTIONS
+from berdiff_fast.rng import DRAW_CONTRACT
+from berdiff_fast.schedule import NoiseSchedule
+
+#: Version of the layout of saved models.
+FORMAT = 1
+
+_WEIGHTS = "model.safetensors"
+_CONFIG = "config.json"
+_BUNDLED = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From raw intensities to what the network was trained on.
+
+    Args:
+        mode: "min-max": each image's own minimum and maximum become the ends of ``output_range`` (a constant image
+            becomes its lower end). "window": intensities are clipped to ``window`` first.
+        window: (low, high) in raw units, Hounsfield units for CT; for "window" only.
+        output_range: (low, high) of the result.
+
+    Raises:
+        ValueError: an unknown mode, or a window or range that is missing, superfluous or not increasing.
+    """
+
+    mode: str = "min-max"
+    window: tuple[float, float] | None = None
+    output_range: tuple[float, float] = (-1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("min-max", "window"):
+            raise ValueError(f"mode must be 'min-max' or 'window', got {self.mode!r}")
+        if (self.window is None) != (self.mode == "min-max"):
+            raise ValueError(f"window must be given exactly when mode is 'window', got window={self.window}")
+        if self.window is not None:
+            object.__setattr__(self, "window", checks.increasing_pair("window", self.window))
+        object.__setattr__(self, "output_range", checks.increasing_pair("output_range", self.output_range))
+
+    def __call__(self, raw: torch.Tensor) -> torch.Tensor:
+        """(B, C, *spatial) of any real dtype to float32 of the same shape."""
+        x = raw.to(torch.float32 if raw.dtype != torch.float64 else torch.float64)
+        if self.window is not None:
+            low, high = self.window
+            unit = (x.clamp(low, high) - low) / (high - low)
+        else:
+            axes = tuple(range(1, x.ndim))
+            low_, high_ = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+            unit = torch.where(high_ > low_, (x - low_) / (high_ - low_).clamp(min=1e-30), 0.0)
+        start, end = self.output_range
+        return (start + (end - start) * unit).float()
+
+
+class BerDiff(nn.Module):
+    """A network, its noise schedule, what it predicts, and how its images are prepared.
+
+    Args:
+        network: called as ``network(y_t, t, img)``, returns logits of the shape of y_t. ``UNet`` can be saved; any
+            other module can be sampled from and trained.
+        schedule: a ``NoiseSchedule`` or its name.
+        prediction: "epsilon": the logits say P(y_t xor y_0 = 1), the paper's calibration; "y_0": P(y_0 = 1).
+        preprocessing: from raw intensities to ``img``; None if only the user knows.
+        rescale_timesteps: give the network t * 1000 / T, as the published scripts may.
+        mask_channels, img_channels, spatial_dims: K, C and 2 or 3; read off the network where it has these attributes,
+            else 1, unchecked and 2.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule | str = "cosine2",
+        prediction: str = "epsilon",
+        *,
+        preprocessing: Preprocessing | None = None,
+        rescale_timesteps: bool = False,
+        mask_channels: int | None = None,
+        img_channels: int | None = None,
+        spatial_dims: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"network must be a torch.nn.Module, got {type(network).__name__}")
+        if isinstance(schedule, str):
+            schedule = NoiseSchedule(schedule)
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(f"schedule must be a NoiseSchedule or its name, got {type(schedule).__name__}")
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction must be 'epsilon' or 'y_0', got {prediction!r}")
+        if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
+            raise TypeError(f"preprocessing must be a Preprocessing or None, got {type(preprocessing).__name__}")
+        self.network = network
+        self.schedule = schedule
+        self.prediction = prediction
+        self.preprocessing = preprocessing
+        self.rescale_timesteps = rescale_timesteps
+        if mask_channels is None:
+            mask_channels = getattr(network, "mask_channels", 1)
+        if img_channels is None:
+            img_channels = getattr(network, "img_channels", None)
+        if spatial_dims is None:
+            spatial_dims = getattr(network, "spatial_dims", 2)
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}")
+        self.mask_channels: int = checks.integer("mask_channels", mask_channels, 1)
+        self.img_channels: int | None = img_channels and checks.integer("img_channels", img_channels, 1)
+        self.spatial_dims: int = spatial_dims
+
+    def forward(self, y_t: torch.Tensor, t: torch.Tensor, img: torch.Tensor) -> torch.Tensor:
+        """Logits (N, K, *spatial) for noisy masks y_t (N, K, *spatial), timesteps t (N,) and img (N, C, *spatial)."""
+        if self.rescale_timesteps:
+            t = t.float() * (1000.0 / self.schedule.timesteps)
+        return self.network(y_t, t, img)
+
+    def preprocess(self, raw: torch.Tensor | np.ndarray) -> torch.Tensor:
+        """Raw intensities (uint8, Hounsfield units, ...) to the ``img`` of ``sample``.
+
+        Args:
+            raw: (B, C, *spatial), (C, *spatial) or, with one channel, (*spatial,); any real dtype.
+
+        Returns:
+            float32 (B, C, *spatial) on the CPU or the device of ``raw``.
+
+        Raises:
+            ValueError: the model has no preprocessing, a wrong shape, NaN or infinite values.
+        """
+        if self.preprocessing is None:
+            raise ValueError("this model does not know how its images were prepared; scale them as in its training")
+        x = checks.tensor("raw", raw)
+        if x.numel() == 0:
+            raise ValueError(f"raw must not be empty, got shape {tuple(x.shape)}")
+        if x.is_complex() or x.dtype is torch.bool:
+            raise ValueError(f"raw must have a real dtype, got {x.dtype}")
+        if x.ndim == self.spatial_dims:
+            x = x[None]
+        if x.ndim == self.spatial_dims + 1:
+            x = x[None]
+        if x.ndim != self.spatial_dims + 2:
+            raise ValueError(
+                f"raw must have {self.spatial_dims} to {self.spatial_dims + 2} dimensions, got shape {tuple(x.shape)}"
+            )
+        if self.img_channels is not None and x.shape[1] != self.img_channels:
+            raise ValueError(f"raw must have {self.img_channels} channels, got shape {tuple(x.shape)}")
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError("raw must be finite, got NaN or infinite values")
+        return self.preprocessing(x)
+
+    # ------------------------------------------------------------------ files
+
+    def to_config(self) -> dict[str, Any]:
+        """All but the weights; JSON-able.
+
+        Raises:
+            TypeError: the network is not a ``UNet``, so a file could not say how to build it.
+        """
+        if not isinstance(self.network, UNet):
+            raise TypeError(
+                f"only a berdiff_fast.UNet can be saved with its architecture, got {type(self.network).__name__}; "
+                "save that network's own state_dict instead"
+            )
+        return {
+            "format": FORMAT,
+            "draw_contract": DRAW_CONTRACT,
+            "network": {"type": "UNet", **self.network.config},
+            "schedule": self.schedule.to_config(),
+            "prediction": self.prediction,
+            "rescale_timesteps": self.rescale_timesteps,
+            "preprocessing": asdict(self.preprocessing) if self.preprocessing else None,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> BerDiff:
+        """An untrained model as ``to_config`` described it."""
+        if config.get("format") != FORMAT:
+            raise ValueError(f"model format {config.get('format')!r} is unknown; this version reads {FORMAT}")
+        network = dict(config["network"])
+        kind = network.pop("type")
+        if kind != "UNet":
+            raise ValueError(f"network type must be 'UNet', got {kind!r}")
+        preprocessing = config.get("preprocessing")
+        return cls(
+            UNet(**network),
+            NoiseSchedule.from_config(config["schedule"]),
+            config["prediction"],
+            preprocessing=Preprocessing(**preprocessing) if preprocessing else None,
+            rescale_timesteps=config["rescale_timesteps"],
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model: one file if ``path`` ends in .safetensors, else a directory.
+
+        A file carries the configuration in its header; a directory has it as config.json beside model.safetensors.
+        Each file is written beside its place and renamed, so none is ever half there.
+
+        Raises:
+            TypeError: the network is not a ``UNet``.
+            OSError: the place cannot be written.
+        """
+        config = self.to_config()
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
+        data = safetensors.torch.save(weights, metadata={"berdiff_fast": json.dumps(config)})
+        path = Path(path)
+        if path.suffix == ".safetensors":
+            _write(path, data)
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            _write(path / _WEIGHTS, data)
+            _write(path / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        # mkstemp is private to its user; a model is an ordinary file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def bundled_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(p.name for p in _BUNDLED.iterdir() if (p / _WEIGHTS).is_file()) if _BUNDLED.is_dir() else []
+
+
+def load(name_or_path: str | os.PathLike[str]) -> BerDiff:
+    """A model from a directory, a .safetensors file, or the package (``bundled_models()``); in eval mode on the CPU.
+
+    Weights are float32, whatever precision they were stored in.
+
+    Raises:
+        FileNotFoundError: neither a path nor a bundled name.
+        ValueError: unreadable, truncated, or not a model of this package; the message names the file.
+    """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"name_or_path must be a name or a path, got {type(name_or_path).__name__}")
+    path = Path(name_or_path)
+    if not path.exists():
+        if str(name_or_path) not in bundled_models():
+            raise FileNotFoundError(
+                f"name_or_path: no file or directory {str(name_or_path)!r}, and no bundled model of that name "
+                f"(there are {bundled_models()})"
+            )
+        path = _BUNDLED / str(name_or_path)
+    file = path / _WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"name_or_path: {path} has no {_WEIGHTS}")
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            weights = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read as safetensors (truncated or damaged?): {error}") from error
+    if "berdiff_fast" not in metadata:
+        raise ValueError(
+            f"{file} does not describe a berdiff_fast model; load_official reads checkpoints of the published code"
+        )
+    try:
+        model = BerDiff.from_config(json.loads(metadata["berdiff_fast"]))
+        model.network.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{file} does not hold a complete berdiff_fast model: {error}") from error
+    return model.eval()
+
+
+def load_official(
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, torch.Tensor], **their_arguments: Any
+) -> BerDiff:
+    """A checkpoint of the published BerDiff code, with the arguments that its scripts were given.
+
+    Args:
+        path_or_state_dict: a .pt or .safetensors file, or a mapping of tensors. Files are read with
+            ``weights_only=True``: no code in them is run.
+        **their_arguments: as in the published scripts, with the published defaults: image_size, img_channels,
+            num_channels, num_res_blocks, num_heads, num_heads_upsample, attention_resolutions ("16,8"), dropout,
+            use_scale_shift_norm, diffusion_steps, noise_schedule, mean_type ("xstart" or "epsilon"),
+            rescale_timesteps; and channel_mult where image_size does not tell it. ltype and timestep_respacing are
+            accepted and unused: steps and spacing belong to ``sample``. The number of heads leaves no trace in a
+            checkpoint, so a wrong one cannot be noticed.
+
+    Returns:
+        A ``BerDiff`` in eval mode on the CPU, whose network returns logits where theirs returns probabilities. It has
+        no preprocessing, since the published code does not say how its images were scaled.
+
+    Raises:
+        FileNotFoundError, ValueError: unreadable, or it does not fit the arguments.
+        TypeError: an argument that the published scripts do not have.
+    """
+    unet, diffusion = official.split_arguments(their_arguments)
+    predictions = {"xstart": "y_0", "epsilon": "epsilon"}
+    if diffusion["mean_type"] not in predictions:
+        raise ValueError(f"mean_type must be one of {sorted(predictions)}, got {diffusion['mean_type']!r}")
+    schedule = NoiseSchedule(diffusion["noise_schedule"], diffusion["diffusion_steps"])
+    network = official.build_unet(official.read_state_dict(path_or_state_dict), **official.unet_arguments(**unet))
+    return BerDiff(
+        network,
+        schedule,
+        predictions[diffusion["mean_type"]],
+        rescale_timesteps=diffusion["rescale_timesteps"],
+    ).eval()

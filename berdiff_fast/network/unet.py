@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The U-Net of BerDiff: parameter names and shapes of the published model, logits instead of probabilities.
+
+The architecture is that of improved DDPM (Nichol & Dhariwal, arXiv 2102.09672), with the image concatenated
+to the noisy mask (BerDiff, arXiv 2304.04429). The module tree below *is* the checkpoint format, so attribute
+names such as ``in_layers`` or ``op`` are fixed; everything else is free to change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_NORM_GROUPS = 32
+
+
+def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10000.0) -> torch.Tensor:
+    """Sinusoidal embedding: ``dim / 2`` cosines, then as many sines, of geometrically falling frequency.
+
+    Args:
+        timesteps: (N,) int or float; fractions are allowed.
+        dim: length of the embedding, even.
+        max_period: the longest period is just below ``2 pi max_period`` timesteps.
+
+    Returns:
+        (N, dim) float32.
+    """
+    half = dim // 2
+    index = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    # The order of these operations is the published one: at t = 1000 one ulp here is 1e-4 in the embedding.
+    angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * index / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class Float32GroupNorm(nn.GroupNorm):
+    """GroupNorm over 32 groups, computed in (at least) float32 and returned in the dtype of its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(_NORM_GROUPS, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = F.group_norm(x.to(wide), self.num_groups, self.weight.to(wide), self.bias.to(wide), self.eps)
+        return y.to(x.dtype)
+
+
+def _conv(dims: int, inputs: int, outputs: int, size: int = 3, **options: Any) -> nn.Module:
+    kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+    return kind(inputs, outputs, size, padding=size // 2, **options)
+
+
+def _zeroed(module: nn.Module) -> nn.Module:
+    # Every branch ends in one of these, so the untrained network is its skip path and predicts logit 0.
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def _halving(dims: int) -> tuple[int, ...]:
+    # Volumes keep their slices: only the inner two axes change resolution.
+    return (1, 2, 2) if dims == 3 else (2, 2)
+
+
+class Downsample(nn.Module):
+    """Halves height and width, by a strided convolution or by averaging."""
+
+    def __init__(self, channels: int, learned: bool, dims: int) -> None:
+        super().__init__()
+        step = _halving(dims)
+        if learned:
+            self.op = _conv(dims, channels, channels, stride=step)
+        else:
+            self.op = (nn.AvgPool3d if dims == 3 else nn.AvgPool2d)(step)  # type: ignore[arg-type]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by repetition, followed by a convolution if ``learned``."""
+
+    def __init__(self, channels: int, learned: bool, dims: int) -> None:
+        super().__init__()
+        self.scale = tuple(float(step) for step in _halving(dims))
+        self.conv = _conv(dims, channels, channels) if learned else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=self.scale, mode="nearest"))
+
+
+class ResBlock(nn.Module):
+    """Residual block with a timestep embedding.
+
+    The embedding is added between the two convolutions or, with ``scale_shift``, scales and shifts the output
+    of the second normalisation.
+    """
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, dims: int, scale_shift: bool) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.in_layers = nn.Sequential(Float32GroupNorm(inputs), nn.SiLU(), _conv(dims, inputs, outputs))
+        conditions = 2 * outputs if scale_shift else outputs
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, conditions))
+        self.out_layers = nn.Sequential(
+            Float32GroupNorm(outputs), nn.SiLU(), nn.Dropout(dropout), _zeroed(_conv(dims, outputs, outputs))
+        )
+        self.skip_connection = nn.Identity() if inputs == outputs else _conv(dims, inputs, outputs, size=1)
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        h = self.in_layers(x)
+        condition = self.emb_layers(embedding).to(h.dtype)
+        condition = condition.reshape(*condition.shape, *[1] * (h.ndim - 2))
+        if self.scale_shift:
+            scale, shift = condition.chunk(2, dim=1)
+            h = self.out_layers[0](h) * (1 + scale) + shift
+            h = self.out_layers[1:](h)
+        else:
+            h = self.out_layers(h + condition)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Residual self-attention over all positions."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = Float32GroupNorm(channels)
+        self.qkv = _conv(1, channels, 3 * channels, size=1)
+        self.proj_out = _zeroed(_conv(1, channels, channels, size=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, channels = x.shape[:2]
+        flat = x.flatten(2)
+        # Channels are ordered head first, then q, k, v. One copy puts the features last, as fused attention
+        # kernels require.
+        qkv = self.qkv(self.norm(flat)).reshape(n, self.heads, 3, channels // self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 1, 4, 3).contiguous().unbind(0)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(flat.shape)
+        return (flat + self.proj_out(h)).reshape(x.shape)
+
+
+class EmbeddingSequential(nn.Sequential):
+    """A sequence of layers in which the residual blocks also receive the timestep embedding."""
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        for layer in self:
+            x = layer(x, embedding) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """The published BerDiff U-Net; returns logits where the published one returns their sigmoid.
+
+    State-dict names and shapes are those of the published ``SegmentationModel``, and so is the function of
+    the weights. The number of heads does not show in any shape: a checkpoint loads, and computes something
+    else, if ``num_heads`` is wrong.
+
+    Args:
+        in_channels: mask channels K.
+        img_channels: image channels C.
+        model_channels: width of the first level, a multiple of 32.
+        out_channels: logit channels; ``None`` or K.
+        num_res_blocks: residual blocks per level on the way down (one more on the way up).
+        attention_resolutions: downsampling factors (1, 2, 4, ...) at which there is attention. The middle
+            block always has it; factors the network does not reach are ignored.
+        dropout: probability, in [0, 1].
+        channel_mult: width of each level in units of ``model_channels``.
+        conv_resample: change resolution by convolutions; else by averaging and repetition.
+        dims: 2 for images, 3 for volumes (whose depth keeps its resolution).
+        num_heads: attention heads.
+        num_heads_upsample: heads on the way up; -1 means ``num_heads``.
+        use_scale_shift_norm: the timestep scales and shifts instead of being added.
+
+    Attributes:
+        config: these arguments as a dict that survives JSON; ``UNet(**network.config)`` has the same shape.
+        mask_channels: K.
+        img_channels: C.
+        spatial_dims: 2 or 3.
+        downsampling: height and width of the input must be multiples of this.
+
+    Raises:
+        ValueError: naming the argument, what came and what was expected.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        img_channels: int = 1,
+        model_channels: int = 128,
+        out_channels: int | None = None,
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (8, 16),
+        dropout: float = 0.0,
+        channel_mult: Sequence[int] = (1, 1, 2, 3, 4),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_heads: int = 1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = dict(
+            in_channels=in_channels,
+            img_channels=img_channels,
+            model_channels=model_channels,
+            out_channels=in_channels if out_channels is None else out_channels,
+            num_res_blocks=num_res_blocks,
+            attention_resolutions=_as_list(attention_resolutions),
+            dropout=dropout,
+            channel_mult=_as_list(channel_mult),
+            conv_resample=conv_resample,
+            dims=dims,
+            num_heads=num_heads,
+            num_heads_upsample=num_heads_upsample,
+            use_scale_shift_norm=use_scale_shift_norm,
+        )
+        _check_config(self.config)
+        self.mask_channels = in_channels
+        self.img_channels = img_channels
+        self.model_channels = model_channels
+        self.spatial_dims = dims
+        self.downsampling = 2 ** (len(channel_mult) - 1)
+
+        embedding = 4 * model_channels
+        widths = [model_channels * multiplier for multiplier in channel_mult]
+        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
+
+        def residual(inputs: int, outputs: int) -> ResBlock:
+            return ResBlock(inputs, outputs, embedding, dropout, dims, use_scale_shift_norm)
+
+        def attention(level: int, heads: int) -> list[AttentionBlock]:
+            return [AttentionBlock(widths[level], heads)] if 2**level in attention_resolutions else []
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        )
+
+        first = _conv(dims, in_channels + img_channels, model_channels)
+        self.input_blocks = nn.ModuleList([EmbeddingSequential(first)])
+        channels = model_channels
+        skips = [channels]  # widths of the outputs of input_blocks, which output_blocks take last one first
+        for level, width in enumerate(widths):
+            if level > 0:
+                self.input_blocks.append(EmbeddingSequential(Downsample(channels, conv_resample, dims)))
+                skips.append(channels)
+            for _ in range(num_res_blocks):
+                layers = [residual(channels, width), *attention(level, num_heads)]
+                self.input_blocks.append(EmbeddingSequential(*layers))
+                channels = width
+                skips.append(channels)
+
+        self.middle_block = EmbeddingSequential(
+            residual(channels, channels), AttentionBlock(channels, num_heads), residual(channels, channels)
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            for index in range(num_res_blocks + 1):
+                layers = [residual(channels + skips.pop(), widths[level]), *attention(level, heads_up)]
+                channels = widths[level]
+                if level > 0 and index == num_res_blocks:
+                    layers.append(Upsample(channels, conv_resample, dims))
+                self.output_blocks.append(EmbeddingSequential(*layers))
+
+        # The published code has model_channels here, and so requires channel_mult[0] = 1; this does not.
+        last = _conv(dims, channels, in_channels)
+        self.out = nn.Sequential(Float32GroupNorm(channels), nn.SiLU(), _zeroed(last))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, to which inputs are cast."""
+        return next(self.parameters()).dtype
+
+    def forward(self, y_t: torch.Tensor, timesteps: torch.Tensor, img: torch.Tensor) -> torch.Tensor:
+        """Logits of what the network predicts about each pixel.
+
+        Args:
+            y_t: (N, K, *spatial) noisy masks, bool or 0/1 of any dtype.
+            timesteps: (N,) int or float.
+            img: (N, C, *spatial) images in a floating dtype, scaled as in training.
+
+        Returns:
+            (N, K, *spatial) logits in the network's dtype (under autocast, in autocast's).
+
+        Raises:
+            TypeError: if ``img`` is not floating point.
+            ValueError: if a shape does not fit.
+        """
+        self._check_inputs(y_t, timesteps, img)
+        embedding = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
+        h = torch.cat([y_t.to(self.dtype), img.to(self.dtype)], dim=1)
+        skips = []
+        for block in self.input_blocks:
+            h = block(h, embedding)
+            skips.append(h)
+        h = self.middle_block(h, embedding)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), embedding)
+        return self.out(h)
+
+    def _check_inputs(self, y_t: torch.Tensor, timesteps: torch.Tensor, img: torch.Tensor) -> None:
+        layout = "D, H, W" if self.spatial_dims == 3 else "H, W"
+        for name, tensor, channels in (("y_t", y_t, self.mask_channels), ("img", img, self.img_channels)):
+            if tensor.ndim != self.spatial_dims + 2 or tensor.shape[1] != channels:
+                raise ValueError(f"{name} must have shape (N, {channels}, {layout}), got {tuple(tensor.shape)}")
+        if not img.is_floating_point():
+            raise TypeError(f"img must be floating point, scaled as in training, got {img.dtype}")
+        if img.shape[0] != y_t.shape[0]:
+            raise ValueError(f"img must have the batch size of y_t, {y_t.shape[0]}, got {img.shape[0]}")
+        if img.shape[2:] != y_t.shape[2:]:
+            raise ValueError(
+                f"img must have the spatial size of y_t, {tuple(y_t.shape[2:])}, got {tuple(img.shape[2:])}"
+            )
+        if timesteps.shape != y_t.shape[:1]:
+            raise ValueError(
+                f"timesteps must have shape ({y_t.shape[0]},), one for each mask of y_t, got {tuple(timesteps.shape)}"
+            )
+        height, width = y_t.shape[-2:]
+        if height % self.downsampling or width % self.downsampling:
+            raise ValueError(
+                f"y_t and img must have a height and width divisible by {self.downsampling}, got {height} x {width}"
+            )
+
+
+def _as_list(values: Any) -> Any:
+    # What is not a sequence is left as it is, for _check_config to name.
+    return list(values) if isinstance(values, (list, tuple)) else values
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    for name in ("in_channels", "img_channels", "model_channels", "num_res_blocks", "num_heads"):
+        if not _is_count(config[name]):
+            raise ValueError(f"{name} must be a positive int, got {config[name]!r}")
+    for name in ("channel_mult", "attention_resolutions"):
+        values = config[name]
+        if not isinstance(values, list) or not all(_is_count(value) for value in values):
+            raise ValueError(f"{name} must be a list or tuple of positive ints, got {values!r}")
+    for name in ("conv_resample", "use_scale_shift_norm"):
+        if not isinstance(config[name], bool):
+            raise ValueError(f"{name} must be True or False, got {config[name]!r}")
+    if not config["channel_mult"]:
+        raise ValueError("channel_mult must name at least one level, got none")
+    if config["out_channels"] != config["in_channels"]:
+        raise ValueError(
+            f"out_channels must equal in_channels = {config['in_channels']}: there is one logit for each bit "
+            f"of the mask, got {config['out_channels']!r}"
+        )
+    if config["dims"] not in (2, 3):
+        raise ValueError(f"dims must be 2 or 3, got {config['dims']!r}")
+    if isinstance(config["dropout"], bool) or not isinstance(config["dropout"], (int, float)):
+        raise ValueError(f"dropout must be a number in [0, 1], got {config['dropout']!r}")
+    if not 0 <= config["dropout"] <= 1:
+        raise ValueError(f"dropout must lie in [0, 1], got {config['dropout']!r}")
+    # All other widths are sums of multiples of this one.
+    if config["model_channels"] % _NORM_GROUPS:
+        raise ValueError(
+            f"model_channels must be a multiple of {_NORM_GROUPS}, the groups of GroupNorm, "
+            f"got {config['model_channels']}"
+        )
+
+    if config["num_heads_upsample"] != -1 and not _is_count(config["num_heads_upsample"]):
+        raise ValueError(
+            f"num_heads_upsample must be a positive int, or -1 for num_heads, got {config['num_heads_upsample']!r}"
+        )
+
+    widths = [config["model_channels"] * multiplier for multiplier in config["channel_mult"]]
+    attended = [width for level, width in enumerate(widths) if 2**level in config["attention_resolutions"]]
+    for name, places in (("num_heads", [*attended, widths[-1]]), ("num_heads_upsample", attended)):
+        heads = config[name]
+        for width in places:
+            if heads != -1 and width % heads:
+                raise ValueError(f"{name} must divide the {width} channels attention works on, got {heads}")

@@ -1,0 +1,583 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels: what they compute, on what, and what they refuse. Everything else is a backend.
+
+Every op is registered with ``torch.library`` under ``torch.ops.berdiff_fast``, works on a CPU and on an NVIDIA GPU,
+with FakeTensor and under ``torch.compile(fullgraph=True)``, and gives equal bits on every backend (docs/draw.md).
+
+**Rows.** The first dimension of a mask tensor counts masks. Row r of a call is mask number ``first_row + r`` of a batch
+in which every image has ``samples_per_image`` masks, so it belongs to image ``(first_row + r) // samples_per_image``,
+takes that image's seed, and is sample number ``first_sample + (first_row + r) % samples_per_image`` of it. The other
+dimensions, (K, *spatial), are flattened; pixel i of them takes word ``i & 3`` of Philox block ``i >> 2``.
+
+**Masks** are bool, uint8 (0/1), float32, float16 or bfloat16 (0.0/1.0; any other value than zero counts as one).
+**Logits** are float32, float16 or bfloat16. Tensors that are not contiguous are copied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from berdiff_fast import checks
+from berdiff_fast.backends import select
+from berdiff_fast.backends.select import BackendUnavailableError
+from berdiff_fast.schedule import NoiseSchedule
+
+__all__ = ["BackendUnavailableError", "initial_noise", "posterior", "q_sample", "sample_step"]
+
+MASK_DTYPES: tuple[torch.dtype, ...] = (torch.bool, torch.uint8, torch.float32, torch.float16, torch.bfloat16)
+LOGIT_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+PREDICTIONS = ("epsilon", "y_0")
+
+_MAX_WORD = 2**32
+
+# ---------------------------------------------------------------------- public functions
+
+
+def initial_noise(
+    seeds: torch.Tensor,
+    mask_shape: Sequence[int],
+    *,
+    samples_per_image: int = 1,
+    rows: int | None = None,
+    first_row: int = 0,
+    first_sample: int = 0,
+    dtype: torch.dtype = torch.bool,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Masks of fair coin tosses, y_T ~ B(1/2): where sampling starts.
+
+    Args:
+        seeds: (B,) int64, one per image; its device is the output's.
+        mask_shape: (K, *spatial).
+        samples_per_image: n, masks per image.
+        rows: how many masks to draw; all that remain of B x n by default.
+        first_row, first_sample: see the module's text.
+        dtype: of the masks.
+        backend: "auto", "reference", "cpp", "cuda" or "triton".
+
+    Returns:
+        (rows, *mask_shape), 0 and 1 in ``dtype``.
+
+    Raises:
+        ValueError, TypeError, BackendUnavailableError: naming the argument.
+    """
+    if not isinstance(seeds, torch.Tensor):
+        raise TypeError(f"seeds must be a torch.Tensor, got {type(seeds).__name__}")
+    if not isinstance(mask_shape, Sequence):
+        raise TypeError(f"mask_shape must be a sequence of ints, got {type(mask_shape).__name__}")
+    for size in mask_shape:
+        _check_ints(mask_shape=size)
+    _check_ints(samples_per_image=samples_per_image, first_row=first_row, first_sample=first_sample)
+    if rows is not None:
+        _check_ints(rows=rows)
+    if rows is None:
+        rows = max(seeds.numel() * samples_per_image - first_row, 0)
+        if first_row > seeds.numel() * samples_per_image:
+            raise ValueError(f"first_row must be at most {seeds.numel() * samples_per_image}, got {first_row}")
+    return _call("initial_noise", seeds, seeds=seeds)(
+        seeds, list(mask_shape), rows, samples_per_image, first_row, first_sample, dtype, backend
+    )
+
+
+def q_sample(
+    y_0: torch.Tensor,
+    t: torch.Tensor,
+    seeds: torch.Tensor,
+    schedule: NoiseSchedule,
+    *,
+    samples_per_image: int = 1,
+    first_row: int = 0,
+    first_sample: int = 0,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The forward process: y_t ~ q(y_t | y_0) = B(A_t y_0 + (1 - A_t) / 2) (BerDiff, eq. 2), by flipping bits of y_0.
+
+    Args:
+        y_0: (N, K, *spatial) clean masks.
+        t: (N,) int64, the timestep of each mask.
+        seeds: (B,) int64; one per mask when ``samples_per_image`` is 1. Noise at another t is other noise.
+        schedule: gives the probability to flip.
+        samples_per_image, first_row, first_sample: see the module's text.
+        dtype: of the result; that of ``y_0`` by default.
+        backend: "auto", "reference", "cpp", "cuda" or "triton".
+
+    Returns:
+        (N, K, *spatial), 0 and 1 in ``dtype``.
+
+    Raises:
+        ValueError, TypeError, BackendUnavailableError: naming the argument. A timestep outside [0, T) is found before
+            any work on the CPU, and by a device-side assertion on a GPU.
+    """
+    call = _call("q_sample", y_0, y_0=y_0, t=t, seeds=seeds)
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+    _check_mask("y_0", y_0)
+    _check_ints(samples_per_image=samples_per_image, first_row=first_row, first_sample=first_sample)
+    if t.dtype != torch.int64 or t.ndim != 1:
+        raise ValueError(f"t must be one-dimensional int64, got shape {tuple(t.shape)} of {t.dtype}")
+    if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
+        low, high = torch.aminmax(t)
+        if low < 0 or high >= schedule.timesteps:
+            raise ValueError(f"t must be in [0, {schedule.timesteps}), got values from {low} to {high}")
+    return call(
+        y_0,
+        t,
+        schedule.flip_probability(t),
+        seeds,
+        samples_per_image,
+        first_row,
+        first_sample,
+        y_0.dtype if dtype is None else dtype,
+        backend,
+    )
+
+
+def sample_step(
+    y_t: torch.Tensor,
+    logits: torch.Tensor,
+    seeds: torch.Tensor,
+    coefficients: torch.Tensor,
+    timestep: int,
+    *,
+    samples_per_image: int | None = None,
+    first_row: int = 0,
+    first_sample: int = 0,
+    prediction: str = "epsilon",
+    threshold: bool = False,
+    dtype: torch.dtype | None = None,
+    nan_flag: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The next mask: a bit of y_t is flipped when u (R + S E) < P + Q E, with E = exp(-z) and u uniform.
+
+    One rule serves ddim, ddpm and d3pm; the four numbers come from ``NoiseSchedule.step_table``. Not differentiable.
+
+    Args:
+        y_t: (N, K, *spatial) masks.
+        logits: of the same shape, the network's output z.
+        seeds: (B,) int64, one per image.
+        coefficients: (4,) float32: P, Q, R, S; one row of ``schedule.step_table(...).float()``.
+        timestep: t of y_t, the third counter word of the draw.
+        samples_per_image: n; N / B by default.
+        first_row, first_sample: see the module's text.
+        prediction: what the logits say: "epsilon", P(y_t xor y_0 = 1), or "y_0", P(y_0 = 1).
+        threshold: draw nothing and flip where epsilon's logit is positive: the published last step.
+        dtype: of the result, as the network reads it next; that of ``y_t`` by default.
+        nan_flag: (1,) int32, set to 1 where a logit is NaN and left alone otherwise; a NaN counts as 64. Without it
+            the call itself raises on NaN, which makes the host wait for a GPU.
+        backend: "auto", "reference", "cpp", "cuda" or "triton".
+
+    Returns:
+        (N, K, *spatial), 0 and 1 in ``dtype``: y at the step's next timestep.
+
+    Raises:
+        FloatingPointError: a logit is NaN and no ``nan_flag`` was given.
+        ValueError, TypeError, BackendUnavailableError: naming the argument.
+    """
+    flag = nan_flag
+    if flag is None:
+        flag = torch.zeros(1, dtype=torch.int32, device=getattr(y_t, "device", None))
+    call = _call("sample_step", y_t, y_t=y_t, logits=logits, seeds=seeds, coefficients=coefficients, nan_flag=flag)
+    if samples_per_image is None:
+        samples_per_image = _samples_per_image(y_t, seeds, first_row)
+    if not type(timestep) is type(samples_per_image) is type(first_row) is type(first_sample) is int:
+        _check_ints(
+            timestep=timestep, samples_per_image=samples_per_image, first_row=first_row, first_sample=first_sample
+        )
+    out = call(
+        y_t,
+        logits,
+        seeds,
+        coefficients,
+        flag,
+        timestep,
+        samples_per_image,
+        first_row,
+        first_sample,
+        prediction,
+        threshold,
+        y_t.dtype if dtype is None else dtype,
+        backend,
+    )
+    if nan_flag is None and flag.item():
+        raise FloatingPointError(f"logits contain NaN (timestep {timestep})")
+    return out
+
+
+def posterior(
+    y_t: torch.Tensor,
+    logits: torch.Tensor,
+    coefficients: torch.Tensor,
+    *,
+    prediction: str = "epsilon",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The probability that ``sample_step`` draws a one: P(y_{t-1} = 1), of which (P + Q E) / (R + S E) is the flip.
+
+    With row 0 of a step table it is P(y_0 = 1). Not differentiable.
+
+    Args:
+        y_t: (N, K, *spatial) masks.
+        logits: of the same shape. NaN gives NaN.
+        coefficients: (4,) float32.
+        prediction: "epsilon" or "y_0".
+        backend: "auto", "reference", "cpp", "cuda" or "triton".
+
+    Returns:
+        float32 of the shape of ``y_t``, in [0, 1].
+
+    Raises:
+        ValueError, TypeError, BackendUnavailableError: naming the argument.
+    """
+    return _call("posterior", y_t, y_t=y_t, logits=logits, coefficients=coefficients)(
+        y_t, logits, coefficients, prediction, backend
+    )
+
+
+def _samples_per_image(y_t: torch.Tensor, seeds: torch.Tensor, first_row: int) -> int:
+    rows, images = y_t.size(0) if y_t.ndim else 1, seeds.numel()
+    if first_row or not images or rows % images:
+        raise ValueError(
+            f"samples_per_image must be given when first_row is not 0 or the {rows} masks of y_t do not divide evenly "
+            f"among the {images} seeds"
+        )
+    return max(rows // images, 1)
+
+
+def _call(name: str, first: torch.Tensor, **tensors: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """The registered op, or the function behind it where nobody would see the difference.
+
+    The dispatcher costs several times what a small kernel does. It is needed by compilers, tracers, transforms,
+    subclasses, views with a pending negation and the profiler; an eager call on plain tensors goes without it.
+    """
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.berdiff_fast, name)
+    plain = not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+        or getattr(first, "is_meta", False)
+    )
+    for argument, tensor in tensors.items():
+        if type(tensor) is not torch.Tensor:
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{argument} must be a torch.Tensor, got {type(tensor).__name__}")
+            plain = False
+        elif tensor.is_neg():
+            plain = False
+    return _KERNELS[name] if plain else getattr(torch.ops.berdiff_fast, name)
+
+
+# ---------------------------------------------------------------------- checks
+
+
+def _check_seeds(seeds: torch.Tensor, rows: int, samples_per_image: int, first_row: int, first_sample: int) -> None:
+    images = seeds.numel()
+    if seeds.dtype is not torch.int64 or seeds.ndim != 1:
+        raise ValueError(f"seeds must be one-dimensional int64, got shape {tuple(seeds.shape)} of {seeds.dtype}")
+    if samples_per_image < 1:
+        raise ValueError(f"samples_per_image must be at least 1, got {samples_per_image}")
+    if first_row < 0:
+        raise ValueError(f"first_row must be at least 0, got {first_row}")
+    if first_sample < 0 or first_sample + samples_per_image > _MAX_WORD:
+        raise ValueError(
+            f"first_sample must be at least 0 and first_sample + samples_per_image at most 2^32, got {first_sample} "
+            f"and {samples_per_image}"
+        )
+    if rows > images * samples_per_image - first_row:
+        raise ValueError(
+            f"seeds: {images} seeds with samples_per_image={samples_per_image} and first_row={first_row} leave "
+            f"{images * samples_per_image - first_row} masks, and {rows} are asked for"
+        )
+
+
+def _check_ints(**values: int) -> None:
+    for name, value in values.items():
+        if type(value) is not int and not isinstance(value, torch.SymInt):
+            checks.integer(name, value)
+
+
+def _check_mask(name: str, mask: torch.Tensor) -> None:
+    if mask.dtype not in MASK_DTYPES:
+        raise TypeError(f"{name} must be bool, uint8, float32, float16 or bfloat16, got {mask.dtype}")
+    if mask.ndim < 1:
+        raise ValueError(f"{name} must have a first dimension that counts masks, got a scalar")
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in MASK_DTYPES:
+        raise TypeError(f"dtype must be bool, uint8, float32, float16 or bfloat16, got {dtype}")
+
+
+def _check_rule(y_t: torch.Tensor, logits: torch.Tensor, coefficients: torch.Tensor, prediction: str) -> None:
+    _check_mask("y_t", y_t)
+    if logits.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
+    if logits.shape != y_t.shape:
+        raise ValueError(f"logits must have the shape of y_t, {tuple(y_t.shape)}, got {tuple(logits.shape)}")
+    if coefficients.dtype is not torch.float32 or coefficients.shape != (4,):
+        raise ValueError(
+            f"coefficients must be float32 of shape (4,), got {coefficients.dtype} of shape {tuple(coefficients.shape)}"
+        )
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction must be 'epsilon' or 'y_0', got {prediction!r}")
+    if not (y_t.is_cpu and logits.is_cpu and coefficients.is_cpu):
+        _check_devices(y_t, logits=logits, coefficients=coefficients)
+
+
+def _check_devices(first: torch.Tensor, **others: torch.Tensor) -> None:
+    for name, tensor in others.items():
+        if tensor.device != first.device:
+            raise ValueError(f"{name} must be on {first.device} like the masks, got {tensor.device}")
+
+
+def _check_noise(
+    seeds: torch.Tensor,
+    mask_shape: Sequence[int],
+    rows: int,
+    samples_per_image: int,
+    first_row: int,
+    first_sample: int,
+    dtype: torch.dtype,
+) -> None:
+    _check_dtype(dtype)
+    if rows < 0:
+        raise ValueError(f"rows must be at least 0, got {rows}")
+    if any(size < 0 for size in mask_shape):
+        raise ValueError(f"mask_shape must not be negative, got {tuple(mask_shape)}")
+    _check_seeds(seeds, rows, samples_per_image, first_row, first_sample)
+    _check_pixels(math.prod(mask_shape))
+
+
+def _check_pixels(pixels: int) -> None:
+    if pixels > 4 * _MAX_WORD:
+        raise ValueError(f"a mask may have at most 2^34 pixels, got {pixels}")
+
+
+def _check_q_sample(
+    y_0: torch.Tensor,
+    t: torch.Tensor,
+    flip: torch.Tensor,
+    seeds: torch.Tensor,
+    samples_per_image: int,
+    first_row: int,
+    first_sample: int,
+    dtype: torch.dtype,
+) -> None:
+    _check_mask("y_0", y_0)
+    _check_dtype(dtype)
+    rows = y_0.shape[0]
+    if t.dtype is not torch.int64 or t.shape != (rows,):
+        raise ValueError(f"t must be int64 of shape ({rows},), got {t.dtype} of shape {tuple(t.shape)}")
+    if flip.dtype is not torch.float32 or flip.shape != (rows, 2):
+        raise ValueError(f"flip must be float32 of shape ({rows}, 2), got {flip.dtype} of shape {tuple(flip.shape)}")
+    _check_seeds(seeds, rows, samples_per_image, first_row, first_sample)
+    _check_devices(y_0, t=t, flip=flip, seeds=seeds)
+    _check_pixels(math.prod(y_0.shape[1:]))
+
+
+def _check_step(
+    y_t: torch.Tensor,
+    logits: torch.Tensor,
+    seeds: torch.Tensor,
+    coefficients: torch.Tensor,
+    nan_flag: torch.Tensor,
+    timestep: int,
+    samples_per_image: int,
+    first_row: int,
+    first_sample: int,
+    prediction: str,
+    dtype: torch.dtype,
+) -> None:
+    _check_rule(y_t, logits, coefficients, prediction)
+    _check_dtype(dtype)
+    _check_seeds(seeds, y_t.shape[0], samples_per_image, first_row, first_sample)
+    # The kernel writes into it: a copy would lose what it says.
+    if nan_flag.dtype is not torch.int32 or nan_flag.shape != (1,):
+        raise ValueError(f"nan_flag must be int32 of shape (1,), got {nan_flag.dtype} of shape {tuple(nan_flag.shape)}")
+    if not 0 <= timestep < _MAX_WORD:
+        raise ValueError(f"timestep must be in [0, 2^32), got {timestep}")
+    if not (y_t.is_cpu and seeds.is_cpu and nan_flag.is_cpu):
+        _check_devices(y_t, seeds=seeds, nan_flag=nan_flag)
+    if y_t.numel() > 4 * _MAX_WORD:
+        _check_pixels(math.prod(y_t.shape[1:]))
+
+
+# ---------------------------------------------------------------------- registration
+#
+# Plain Python functions behind torch.library schemas. Each has two lives: the kernel, and the fake that tells
+# FakeTensor, meta tensors and torch.compile about shapes; both run the same checks.
+
+_KERNELS: dict[str, Callable[..., torch.Tensor]] = {}
+_library = torch.library.Library("berdiff_fast", "DEF")
+_DEVICES = ("CPU", "CUDA")
+
+
+def _register(schema: str, kernel, fake) -> None:
+    name = schema.split("(")[0]
+    _KERNELS[name] = kernel
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for device in _DEVICES:
+        _library.impl(name, kernel, device)
+    torch.library.register_fake(f"berdiff_fast::{name}", fake, lib=_library)
+
+
+def _initial_noise(seeds, mask_shape, rows, samples_per_image, first_row, first_sample, dtype, backend):
+    _check_noise(seeds, mask_shape, rows, samples_per_image, first_row, first_sample, dtype)
+    kernels = select.get(backend, seeds.device.type)
+    out = torch.empty((rows, *mask_shape), dtype=dtype, device=seeds.device)
+    if out.numel():
+        kernels.noise(out, seeds.contiguous(), samples_per_image, first_row, first_sample)
+    return out
+
+
+def _initial_noise_fake(seeds, mask_shape, rows, samples_per_image, first_row, first_sample, dtype, backend):
+    _check_noise(seeds, mask_shape, rows, samples_per_image, first_row, first_sample, dtype)
+    return torch.empty((rows, *mask_shape), dtype=dtype, device=seeds.device)
+
+
+def _q_sample(y_0, t, flip, seeds, samples_per_image, first_row, first_sample, dtype, backend):
+    _check_q_sample(y_0, t, flip, seeds, samples_per_image, first_row, first_sample, dtype)
+    kernels = select.get(backend, y_0.device.type)
+    out = torch.empty(y_0.shape, dtype=dtype, device=y_0.device)
+    if out.numel():
+        kernels.q_sample(
+            out,
+            y_0.contiguous(),
+            t.contiguous(),
+            flip.contiguous(),
+            seeds.contiguous(),
+            samples_per_image,
+            first_row,
+            first_sample,
+        )
+    return out
+
+
+def _q_sample_fake(y_0, t, flip, seeds, samples_per_image, first_row, first_sample, dtype, backend):
+    _check_q_sample(y_0, t, flip, seeds, samples_per_image, first_row, first_sample, dtype)
+    return torch.empty(y_0.shape, dtype=dtype, device=y_0.device)
+
+
+def _sample_step(
+    y_t,
+    logits,
+    seeds,
+    coefficients,
+    nan_flag,
+    timestep,
+    samples_per_image,
+    first_row,
+    first_sample,
+    prediction,
+    threshold,
+    dtype,
+    backend,
+):
+    _check_step(
+        y_t,
+        logits,
+        seeds,
+        coefficients,
+        nan_flag,
+        timestep,
+        samples_per_image,
+        first_row,
+        first_sample,
+        prediction,
+        dtype,
+    )
+    kernels = select.get(backend, "cpu" if y_t.is_cpu else y_t.device.type)
+    out = torch.empty_like(y_t, dtype=dtype, memory_format=torch.contiguous_format)
+    if out.numel():
+        kernels.step(
+            out,
+            y_t.contiguous(),
+            logits.contiguous(),
+            coefficients.contiguous(),
+            nan_flag,
+            timestep,
+            prediction == "y_0",
+            threshold,
+            seeds.contiguous(),
+            samples_per_image,
+            first_row,
+            first_sample,
+        )
+    return out
+
+
+def _sample_step_fake(
+    y_t,
+    logits,
+    seeds,
+    coefficients,
+    nan_flag,
+    timestep,
+    samples_per_image,
+    first_row,
+    first_sample,
+    prediction,
+    threshold,
+    dtype,
+    backend,
+):
+    _check_step(
+        y_t,
+        logits,
+        seeds,
+        coefficients,
+        nan_flag,
+        timestep,
+        samples_per_image,
+        first_row,
+        first_sample,
+        prediction,
+        dtype,
+    )
+    return torch.empty(y_t.shape, dtype=dtype, device=y_t.device)
+
+
+def _posterior(y_t, logits, coefficients, prediction, backend):
+    _check_rule(y_t, logits, coefficients, prediction)
+    kernels = select.get(backend, "cpu" if y_t.is_cpu else y_t.device.type)
+    out = torch.empty(y_t.shape, dtype=torch.float32, device=y_t.device)
+    if out.numel():
+        kernels.posterior(out, y_t.contiguous(), logits.contiguous(), coefficients.contiguous(), prediction == "y_0")
+    return out
+
+
+def _posterior_fake(y_t, logits, coefficients, prediction, backend):
+    _check_rule(y_t, logits, coefficients, prediction)
+    return torch.empty(y_t.shape, dtype=torch.float32, device=y_t.device)
+
+
+_register(
+    "initial_noise(Tensor seeds, SymInt[] mask_shape, SymInt rows, SymInt samples_per_image, SymInt first_row, "
+    "SymInt first_sample, ScalarType dtype, str backend) -> Tensor",
+    _initial_noise,
+    _initial_noise_fake,
+)
+_register(
+    "q_sample(Tensor y_0, Tensor t, Tensor flip, Tensor seeds, SymInt samples_per_image, SymInt first_row, "
+    "SymInt first_sample, ScalarType dtype, str backend) -> Tensor",
+    _q_sample,
+    _q_sample_fake,
+)
+_register(
+    "sample_step(Tensor y_t, Tensor logits, Tensor seeds, Tensor coefficients, Tensor(a!) nan_flag, SymInt timestep, "
+    "SymInt samples_per_image, SymInt first_row, SymInt first_sample, str prediction, bool threshold, "
+    "ScalarType dtype, str backend) -> Tensor",
+    _sample_step,
+    _sample_step_fake,
+)
+_register(
+    "posterior(Tensor y_t, Tensor logits, Tensor coefficients, str prediction, str backend) -> Tensor",
+    _posterior,
+    _posterior_fake,
+)

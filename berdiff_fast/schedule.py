@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Noise schedules, sub-sequences of timesteps, and the four numbers of every sampling step; all in float64.
+
+Notation (docs/math.md): beta_t is the probability scale of one noising step, alpha_t = 1 - beta_t, A_t the product of
+alpha_s for s <= t, A_{-1} = 1. Timestep 0 is one step of noise, as in the published code.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from berdiff_fast import checks
+
+#: Samplers: each is a rule to flip bits, see ``NoiseSchedule.step_table``.
+METHODS = ("ddim", "ddpm", "d3pm")
+SPACINGS = ("uniform", "quadratic", "trailing")
+
+_OFFSET = 0.008
+_MAX_BETA = 0.999
+
+
+def _linear(timesteps: int) -> list[float]:
+    scale = 1000 / timesteps
+    return torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64, device="cpu").tolist()
+
+
+def _from_alpha_bar(alpha_bar: Callable[[float], float], timesteps: int) -> list[float]:
+    return [min(1 - alpha_bar((t + 1) / timesteps) / alpha_bar(t / timesteps), _MAX_BETA) for t in range(timesteps)]
+
+
+def _quarter_cosine(u: float) -> float:
+    return math.cos((u + _OFFSET) / (1 + _OFFSET) * math.pi / 2)
+
+
+_SCHEDULES: dict[str, Callable[[int], list[float]]] = {
+    "linear": _linear,
+    "cosine": lambda timesteps: _from_alpha_bar(_quarter_cosine, timesteps),
+    "cosine2": lambda timesteps: _from_alpha_bar(lambda u: _quarter_cosine(u) ** 2, timesteps),
+}
+
+
+class NoiseSchedule:
+    """The Bernoulli forward process: q(y_t | y_0) = B(A_t y_0 + (1 - A_t) / 2) (BerDiff, eq. 2).
+
+    Args:
+        name: the published names. "cosine2" is cos^2 with s = 0.008 and beta <= 0.999, the paper's. "cosine" is the
+            same without the square. "linear" is Ho et al.'s, scaled to the number of timesteps. (MONAI's "cosine"
+            is cos^2 shifted by one timestep: its A_t is our A_{t-1}, so its first timestep has no noise.)
+        timesteps: T, at least 2.
+        as_released: reproduce a fault of the published code, whose forward process drops the term (1 - A_t) / 2,
+            so that background is never noised. For comparisons only; it changes ``flip_probability`` and nothing else.
+
+    Attributes:
+        betas, alphas, alphas_cumprod: (T,) float64 on the CPU; alphas_cumprod[t] = A_t.
+
+    Raises:
+        ValueError: an unknown name, fewer than 2 timesteps.
+        TypeError: timesteps is not an int.
+    """
+
+    def __init__(self, name: str = "cosine2", timesteps: int = 1000, *, as_released: bool = False) -> None:
+        if name not in _SCHEDULES:
+            raise ValueError(f"name must be one of {sorted(_SCHEDULES)}, got {name!r}")
+        timesteps = checks.integer("timesteps", timesteps, 2)
+        self._build(name, torch.tensor(_SCHEDULES[name](timesteps), dtype=torch.float64, device="cpu"), as_released)
+
+    @classmethod
+    def from_betas(cls, betas: torch.Tensor | Sequence[float], *, as_released: bool = False) -> NoiseSchedule:
+        """A schedule of one's own: betas (T,), each in (0, 1)."""
+        try:
+            betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
+        except (TypeError, ValueError):
+            raise TypeError(f"betas must be a tensor or a sequence of floats, got {type(betas).__name__}") from None
+        if betas.ndim != 1 or len(betas) < 2:
+            raise ValueError(f"betas must be one-dimensional with at least 2 entries, got shape {tuple(betas.shape)}")
+        schedule = cls.__new__(cls)
+        schedule._build("custom", betas, as_released)
+        return schedule
+
+    def _build(self, name: str, betas: torch.Tensor, as_released: bool) -> None:
+        if not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError(
+                f"every beta must lie strictly between 0 and 1; those of schedule {name!r} with {len(betas)} timesteps "
+                f"reach from {betas.min():g} to {betas.max():g}"
+            )
+        self.name = name
+        self.timesteps = len(betas)
+        self.as_released = as_released
+        self.betas = betas
+        self.alphas = 1.0 - betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        keep = (1 - self.alphas_cumprod) / 2
+        # Probability to flip a 0 and a 1.
+        flips = (torch.zeros_like(keep), 2 * keep) if as_released else (keep, keep)
+        self._flip = torch.stack(flips, dim=1).float()
+        self._flip_on: dict[torch.device, torch.Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_flip_on": {}}  # copies on devices do not travel
+
+    def __repr__(self) -> str:
+        released = ", as_released=True" if self.as_released else ""
+        return f"NoiseSchedule({self.name!r}, {self.timesteps}{released})"
+
+    def to_config(self) -> dict[str, Any]:
+        """What ``from_config`` needs to build this schedule again; JSON-able."""
+        config: dict[str, Any] = {"name": self.name, "timesteps": self.timesteps, "as_released": self.as_released}
+        if self.name == "custom":
+            config["betas"] = self.betas.tolist()
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> NoiseSchedule:
+        """The schedule that ``to_config`` described."""
+        if config["name"] == "custom":
+            return cls.from_betas(config["betas"], as_released=config.get("as_released", False))
+        return cls(config["name"], config["timesteps"], as_released=config.get("as_released", False))
+
+    # ------------------------------------------------------------------ timesteps
+
+    def subsequence(self, steps: int | Sequence[int] = 10, spacing: str = "uniform") -> list[int]:
+        """The timesteps that a sampler visits, ascending.
+
+        Args:
+            steps: how many, or an explicit collection of distinct timesteps in [0, T).
+            spacing: "uniform": every s-th timestep from 0 on, s the smallest stride that gives this number (the
+                published "ddimuni"; with 10 steps of 1000 it starts at t = 900). "quadratic": floor(x^2) for x evenly
+                spaced to sqrt(0.8 T) (the published "ddimqua"). "trailing": evenly spaced, ending at T - 1 (Lin et al.,
+                arXiv 2305.08891), so that sampling starts where y_t is noise.
+
+        Returns:
+            ``steps`` distinct ints, ascending.
+
+        Raises:
+            ValueError: more steps than timesteps, a number that the spacing cannot give, a timestep out of range or
+                twice, an unknown spacing.
+            TypeError: steps is neither an int nor a sequence of ints.
+        """
+        T = self.timesteps
+        if spacing not in SPACINGS:
+            raise ValueError(f"spacing must be one of {list(SPACINGS)}, got {spacing!r}")
+        if not isinstance(steps, (int, np.integer)) or isinstance(steps, bool):
+            return self._explicit(steps)
+        steps = checks.integer("steps", steps, 1)
+        if steps > T:
+            raise ValueError(f"steps must be at most the schedule's {T} timesteps, got {steps}")
+        if spacing == "uniform":
+            for stride in range(1, T):
+                taken = range(0, T, stride)
+                if len(taken) == steps:
+                    return list(taken)
+            raise ValueError(
+                f"spacing 'uniform' cannot visit exactly {steps} of {T} timesteps with one stride; "
+                "use spacing='trailing' or another number of steps"
+            )
+        if spacing == "quadratic":
+            end = math.sqrt(T * 0.8)
+            squares = torch.linspace(0, end, steps, dtype=torch.float64, device="cpu") ** 2
+            found = sorted({int(x) for x in squares.tolist()})
+            if len(found) != steps:
+                raise ValueError(
+                    f"spacing 'quadratic' with steps={steps} falls on {len(found)} distinct timesteps of {T}; "
+                    f"use steps={len(found)} or fewer, or another spacing"
+                )
+            return found
+        return sorted(round(T - i * T / steps) - 1 for i in range(steps))
+
+    def _explicit(self, steps: Any) -> list[int]:
+        try:
+            given = list(steps)
+            if isinstance(steps, (str, bytes)) or any(isinstance(t, (bool, np.bool_)) for t in given):
+                raise TypeError
+            found = [operator.index(t) for t in given]
+        except TypeError:
+            raise TypeError(f"steps must be an int or a sequence of ints, got {steps!r}") from None
+        if not found:
+            raise ValueError("steps must name at least one timestep, got an empty sequence")
+        for t in found:
+            if not 0 <= t < self.timesteps:
+                raise ValueError(f"steps: every timestep must be in [0, {self.timesteps}), got {t}")
+        if len(set(found)) != len(found):
+            raise ValueError("steps: every timestep may appear once")
+        return sorted(found)
+
+    # ------------------------------------------------------------------ the sampling rule
+
+    def step_table(
+        self, timesteps: Sequence[int], method: str = "ddim", *, leave_one_out: bool = False
+    ) -> torch.Tensor:
+        """P, Q, R, S of each step: a bit is flipped when u (R + S E) < P + Q E, E = exp(-z) (DESIGN, section 2).
+
+        Args:
+            timesteps: ascending, as from ``subsequence``.
+            method: "ddim" (the published sampler), "ddpm" (ancestral; the predicted probability is plugged into the
+                posterior, as in the paper) or "d3pm" (ancestral; y_0 marginalised: the exact reverse of a network that
+                predicts P(y_0 | y_t)).
+            leave_one_out: add log((1 + A_t) / (1 - A_t)) to the logit, which turns P(epsilon | y_t) into its
+                leave-one-out version (arXiv 2605.22765); it only rescales Q and S. "ddpm" with it is "d3pm".
+
+        Returns:
+            (S, 4) float64; row s belongs to timesteps[s]. Row 0, the last step drawn, flips with P(epsilon = 1) for
+            every method, as the published code does.
+
+        Raises:
+            ValueError: an unknown method, or timesteps that are not ascending in [0, T).
+        """
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")
+        taus = list(timesteps)
+        if not taus or any(a >= b for a, b in pairwise(taus)) or taus[0] < 0 or taus[-1] >= self.timesteps:
+            raise ValueError(
+                f"timesteps must be ascending and in [0, {self.timesteps}), as subsequence gives them, got {taus}"
+            )
+        A = self.alphas_cumprod[torch.tensor(taus, device="cpu")]
+        A_prev = torch.cat([A.new_ones(1), A[:-1]])
+        alpha = A / A_prev
+        zero, one = torch.zeros_like(A), torch.ones_like(A)
+        if method == "ddim":
+            sigma = (1 - A_prev) / (1 - A)
+            rows = [1 - sigma, zero, one, one]
+        else:
+            b, k, c = (1 - alpha) / 2, (1 + alpha) / 2, (1 - A_prev) / 2
+            P, Q = b * (A_prev + c), b * c
+            R, S = P + k * c, Q + k * (A_prev + c)
+            rows = [P, Q, R, S] if method == "ddpm" else [P / R, Q / S, one, one]
+        table = torch.stack(rows, dim=1)
+        table[0] = torch.tensor([1.0, 0.0, 1.0, 1.0], device="cpu")
+        if leave_one_out:
+            table[1:, 1::2] *= ((1 - A) / (1 + A))[1:, None]
+        return table
+
+    # ------------------------------------------------------------------ the forward process
+
+    def flip_probability(self, t: torch.Tensor) -> torch.Tensor:
+        """Probability that noising to timestep t flips a 0, and a 1: (1 - A_t) / 2 both, unless ``as_released``.
+
+        Args:
+            t: (N,) int64, on any device.
+
+        Returns:
+            (N, 2) float32 on the device of ``t``. The first call on a GPU copies a table there: make it before a graph
+            is captured.
+        """
+        table = self._flip_on.get(t.device)
+        if table is None:
+            table = self._flip.to(t.device)
+            if type(table) is torch.Tensor:  # a tracer's fake must not outlive its trace
+                self._flip_on[t.device] = table
+        return table[t]
+
+    def q_mean(self, y_0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """P(y_t = 1 | y_0) in float64: A_t y_0 + (1 - A_t) / 2 (BerDiff, eq. 2); (N, ...) for t of (N,)."""
+        flip = torch.stack(
+            [torch.zeros_like(self.alphas_cumprod), 1 - self.alphas_cumprod]
+            if self.as_released
+            else [(1 - self.alphas_cumprod) / 2] * 2
+        )
+        zero, one = (_column(f, t, y_0) for f in flip)
+        y_0 = y_0.double()
+        return (1 - y_0) * zero + y_0 * (1 - one)
+
+    def q_posterior_mean(self, y_0: torch.Tensor, y_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """P(y_{t-1} = 1 | y_t, y_0) in float64 (BerDiff, eq. 4); y_0 may be a probability that is plugged in.
+
+        Args:
+            y_0, y_t: (N, ...), in [0, 1].
+            t: (N,) int64. At t = 0 there is no noise left, and the result is y_0 where y_0 is a bit.
+        """
+        A_prev = torch.cat([self.alphas_cumprod.new_ones(1), self.alphas_cumprod[:-1]])
+        y_0, y_t = y_0.double(), y_t.double()
+        alpha, A = _column(self.alphas, t, y_0), _column(A_prev, t, y_0)
+        one = (alpha * y_t + (1 - alpha) / 2) * (A * y_0 + (1 - A) / 2)
+        zero = (alpha * (1 - y_t) + (1 - alpha) / 2) * (A * (1 - y_0) + (1 - A) / 2)
+        return one / (one + zero)
+
+
+def _column(table: torch.Tensor, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    values = table.to(t.device)[t]
+    return values.reshape(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// berdiff_fast._cpu
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+
+#include "bindings/ops.h"
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+using namespace berdiff;
+
+namespace {
+
+struct CpuBackend {
+    template <class Arguments>
+    using Kernel = void (*)(const Arguments&, std::int64_t, std::int64_t, std::int64_t);
+
+    template <class Arguments>
+    static void run(Kernel<Arguments> kernel, const Arguments& a, std::int64_t rows, std::int64_t pixels,
+                    std::int64_t threads) {
+        for_each_tile(
+            rows, pixels, static_cast<int>(threads),
+            [&, kernel](std::int64_t row, std::int64_t begin, std::int64_t end) { kernel(a, row, begin, end); });
+    }
+
+    static void noise(const NoiseArguments& a, std::int64_t threads) {
+        run(kernels().noise, a, a.rows.rows, a.rows.pixels, threads);
+    }
+    static void q_sample(const QSampleArguments& a, std::int64_t threads) {
+        run(kernels().q_sample, a, a.rows.rows, a.rows.pixels, threads);
+    }
+    static void step(const StepArguments& a, std::int64_t threads) {
+        run(kernels().step, a, a.rows.rows, a.rows.pixels, threads);
+    }
+    static void posterior(const PosteriorArguments& a, std::int64_t threads) {
+        run(kernels().posterior, a, 1, a.size, threads);
+    }
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "CPU kernels of berdiff_fast; call them through berdiff_fast.ops.";
+    define_ops<CpuBackend>(m);
+    m.def("available_isas", &available_isas);
+    m.def("set_isa", &set_isa);
+    m.def("isa", [] { return kernels().name; });
+#if defined(BERDIFF_EMULATE_AVX512)
+    m.attr("emulates_avx512") = true;
+#else
+    m.attr("emulates_avx512") = false;
+#endif
+
+    // For tests of the index arithmetic, on the code that the kernels themselves run.
+    m.def("words", [](Pointer out, std::uint64_t seed, std::uint32_t sample, std::uint32_t tag, std::uint32_t stream,
+                      std::uint32_t first_block, std::int64_t blocks) {
+        const PhiloxRow row = {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32), sample, tag,
+                               stream};
+        kernels().words(row, first_block, blocks, reinterpret_cast<std::uint32_t*>(out));
+    });
+}

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// berdiff_fast._cuda
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "bindings/ops.h"
+#include "cuda/launch.h"
+
+using namespace berdiff;
+
+namespace {
+
+struct CudaBackend {
+    static void noise(const NoiseArguments& a, std::int64_t stream) { cuda::noise(a, pointer(stream)); }
+    static void q_sample(const QSampleArguments& a, std::int64_t stream) { cuda::q_sample(a, pointer(stream)); }
+    static void step(const StepArguments& a, std::int64_t stream) { cuda::step(a, pointer(stream)); }
+    static void posterior(const PosteriorArguments& a, std::int64_t stream) { cuda::posterior(a, pointer(stream)); }
+
+private:
+    static void* pointer(std::int64_t stream) { return reinterpret_cast<void*>(stream); }
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+    m.doc() = "CUDA kernels of berdiff_fast; call them through berdiff_fast.ops.";
+    define_ops<CudaBackend>(m);
+    m.def("device_count", &cuda::device_count);
+    m.def("locate_chunk", [](std::int64_t index, std::int64_t pixels) {
+        std::int64_t out[4];
+        cuda::locate_chunk(index, pixels, out);
+        return pybind11::make_tuple(out[0], out[1], out[2], out[3]);
+    });
+    m.attr("architectures") = BERDIFF_CUDA_ARCHITECTURES;
+}

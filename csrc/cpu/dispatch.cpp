@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/dispatch.h"
+
+#if defined(BERDIFF_X86)
+#include <cpuid.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <system_error>
+#include <thread>
+
+namespace berdiff {
+namespace {
+
+// Work below which a second thread costs more than it brings: about 60 microseconds' worth.
+constexpr std::int64_t pixels_per_thread = 65536;
+
+#if defined(BERDIFF_X86)
+// Not every compiler's __builtin_cpu_supports knows this one.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+std::vector<const Kernels*> find_available() {
+    std::vector<const Kernels*> found = {portable_kernels()};
+#if defined(BERDIFF_X86)
+    if (__builtin_cpu_supports("avx2") && has_f16c()) found.push_back(avx2_kernels());
+#if defined(BERDIFF_EMULATE_AVX512)
+    found.push_back(avx512_kernels());
+#else
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) found.push_back(avx512_kernels());
+#endif
+#endif
+    return found;
+}
+
+const std::vector<const Kernels*>& available() {
+    static const std::vector<const Kernels*> found = find_available();
+    return found;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+    std::vector<std::string> names;
+    for (const Kernels* k : available()) names.emplace_back(k->name);
+    return names;
+}
+
+void set_isa(const std::string& name) {
+    if (name == "auto") {
+        chosen = available().back();
+        return;
+    }
+    for (const Kernels* k : available()) {
+        if (name == k->name) {
+            chosen = k;
+            return;
+        }
+    }
+    throw std::invalid_argument("instruction set '" + name + "' is not available on this CPU");
+}
+
+const Kernels& kernels() {
+    const Kernels* k = chosen.load(std::memory_order_relaxed);
+    return k ? *k : *available().back();
+}
+
+void for_each_tile(std::int64_t rows, std::int64_t pixels, int threads,
+                   const std::function<void(std::int64_t, std::int64_t, std::int64_t)>& kernel) {
+    if (rows == 0 || pixels == 0) return;
+    const std::int64_t tiles_per_row = (pixels + tile - 1) / tile;
+    const std::int64_t tiles = rows * tiles_per_row;
+    const auto work = [=, &kernel](std::int64_t first, std::int64_t last) {
+        std::int64_t row = first / tiles_per_row;
+        std::int64_t begin = first % tiles_per_row * tile;
+        for (; first < last; ++first) {
+            const std::int64_t end = std::min(begin + tile, pixels);
+            kernel(row, begin, end);
+            begin = end;
+            if (begin == pixels) {
+                begin = 0;
+                ++row;
+            }
+        }
+    };
+    const std::int64_t worth = std::max<std::int64_t>(1, rows * pixels / pixels_per_thread);
+    const std::int64_t count = std::min({static_cast<std::int64_t>(threads), worth, tiles});
+    std::vector<std::thread> others;
+    others.reserve(static_cast<std::size_t>(count));  // nothing may throw while threads run
+    std::int64_t done = tiles;
+    for (std::int64_t i = count - 1; i > 0; --i) {
+        const std::int64_t first = tiles * i / count;
+        try {
+            others.emplace_back(work, first, done);
+        } catch (const std::system_error&) {
+            break;  // No thread to be had: the caller's own does the rest.
+        }
+        done = first;
+    }
+    work(0, done);
+    for (std::thread& other : others) other.join();
+}
+
+}  // namespace berdiff

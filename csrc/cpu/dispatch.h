@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which instruction set runs, and on how many threads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace berdiff {
+
+// Compiled and executable here, best last.
+std::vector<std::string> available_isas();
+// "auto" takes the best one. Throws std::invalid_argument for one that is not available.
+void set_isa(const std::string& name);
+const Kernels& kernels();
+
+// Calls kernel(row, begin, end) for every tile of every row, on at most `threads` threads, fewer when the work is
+// small. A thread is started per call: that costs some ten microseconds, and leaves no pool that would spin, fight
+// torch's own, or be missing in a forked process.
+void for_each_tile(std::int64_t rows, std::int64_t pixels, int threads,
+                   const std::function<void(std::int64_t row, std::int64_t begin, std::int64_t end)>& kernel);
+
+}  // namespace berdiff

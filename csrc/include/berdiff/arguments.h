@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the Python side hands to a kernel, the same for CPU and CUDA. Pointers address contiguous memory.
+#pragma once
+
+#include <cstdint>
+
+#include "berdiff/draw.h"
+#include "berdiff/philox.h"
+#include "berdiff/portability.h"
+
+namespace berdiff {
+
+// Element types, numbered as in berdiff_fast/backends/native.py. Masks may have any of them, logits a float.
+enum class Type : int { u8 = 0, f16 = 1, bf16 = 2, f32 = 3 };
+
+// The rows of a call are masks, one after another. Row r is mask number first_row + r of a batch in which each
+// image has samples_per_image masks; sample indices start at first_sample.
+struct Rows {
+    std::int64_t rows, pixels;
+    std::int64_t samples_per_image, first_row, first_sample;
+    const std::int64_t* seeds;  // one per image
+
+    BERDIFF_FN PhiloxRow philox(std::int64_t row, std::uint32_t tag, std::uint32_t stream) const {
+        const std::int64_t mask = first_row + row;
+        const std::uint64_t seed = static_cast<std::uint64_t>(seeds[mask / samples_per_image]);
+        return {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32),
+                static_cast<std::uint32_t>(first_sample + mask % samples_per_image), tag, stream};
+    }
+};
+
+struct Mask {
+    void* data;
+    Type type;
+};
+
+struct ConstMask {
+    const void* data;
+    Type type;
+};
+
+struct NoiseArguments {
+    Rows rows;
+    Mask out;
+};
+
+struct QSampleArguments {
+    Rows rows;
+    ConstMask y_0;
+    const std::int64_t* t;  // one per row
+    const float* flip;      // two per row: the probability to flip a 0, and a 1
+    Mask out;
+};
+
+struct StepArguments {
+    Rows rows;
+    ConstMask y_t;
+    const void* logits;
+    Type logits_type;
+    const float* coefficients;  // P, Q, R, S
+    std::uint32_t timestep;
+    bool predicts_y0;
+    bool threshold;
+    std::int32_t* nan_flag;
+    Mask out;
+};
+
+struct PosteriorArguments {
+    std::int64_t size;
+    ConstMask y_t;
+    const void* logits;
+    Type logits_type;
+    const float* coefficients;
+    bool predicts_y0;
+    float* out;
+};
+
+// The number 1 in a mask of each type.
+BERDIFF_FN std::uint32_t one_bits(Type type) {
+    switch (type) {
+        case Type::f32: return 0x3f800000u;
+        case Type::f16: return 0x3c00u;
+        case Type::bf16: return 0x3f80u;
+        default: return 1u;
+    }
+}
+
+}  // namespace berdiff

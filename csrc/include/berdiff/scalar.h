@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// One lane: the arithmetic of the draw contract on plain numbers, for portable C++ and for CUDA threads.
+// The AVX2 and AVX-512 lanes (csrc/cpu/lanes_*.h) offer the same names on vectors.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "berdiff/portability.h"
+
+namespace berdiff {
+
+struct ScalarLanes {
+    using F = float;
+    using U = std::uint32_t;  // as a mask: all ones or zero
+    static constexpr int width = 1;
+
+    static BERDIFF_FN F f(float x) { return x; }
+    static BERDIFF_FN U u(std::uint32_t x) { return x; }
+
+    // Correctly rounded and never contracted: the intrinsics forbid it on a GPU, -ffp-contract=off on a CPU.
+#if defined(__CUDA_ARCH__)
+    static BERDIFF_FN F add(F a, F b) { return __fadd_rn(a, b); }
+    static BERDIFF_FN F sub(F a, F b) { return __fsub_rn(a, b); }
+    static BERDIFF_FN F mul(F a, F b) { return __fmul_rn(a, b); }
+    static BERDIFF_FN F div(F a, F b) { return __fdiv_rn(a, b); }
+    static BERDIFF_FN U bits(F x) { return __float_as_uint(x); }
+    static BERDIFF_FN F from_bits(U x) { return __uint_as_float(x); }
+#else
+    static BERDIFF_FN F add(F a, F b) { return a + b; }
+    static BERDIFF_FN F sub(F a, F b) { return a - b; }
+    static BERDIFF_FN F mul(F a, F b) { return a * b; }
+    static BERDIFF_FN F div(F a, F b) { return a / b; }
+    static BERDIFF_FN U bits(F x) {
+        U out;
+        std::memcpy(&out, &x, sizeof out);
+        return out;
+    }
+    static BERDIFF_FN F from_bits(U x) {
+        F out;
+        std::memcpy(&out, &x, sizeof out);
+        return out;
+    }
+#endif
+
+    // Philox (philox.h): one lane needs no other layout.
+    using Wide = U;
+    static BERDIFF_FN Wide widen(U a) { return a; }
+    static BERDIFF_FN U narrow(Wide a) { return a; }
+    static BERDIFF_FN std::uint64_t multiply(Wide a, std::uint32_t b) { return static_cast<std::uint64_t>(a) * b; }
+    static BERDIFF_FN Wide high(std::uint64_t product) { return static_cast<U>(product >> 32); }
+    static BERDIFF_FN Wide low(std::uint64_t product) { return static_cast<U>(product); }
+    static BERDIFF_FN Wide xor3(Wide a, Wide b, U c) { return a ^ b ^ c; }
+
+    // A NaN takes the second operand, as in minps and maxps.
+    static BERDIFF_FN F min(F a, F b) { return a < b ? a : b; }
+    static BERDIFF_FN F max(F a, F b) { return a > b ? a : b; }
+    static BERDIFF_FN U less(F a, F b) { return a < b ? ~0u : 0u; }
+    static BERDIFF_FN U unordered(F a, F b) { return a != a || b != b ? ~0u : 0u; }
+    static BERDIFF_FN F to_float(U x) { return static_cast<F>(static_cast<std::int32_t>(x)); }
+
+    static BERDIFF_FN U iadd(U a, U b) { return a + b; }
+    static BERDIFF_FN U bxor(U a, U b) { return a ^ b; }
+    static BERDIFF_FN U band(U a, U b) { return a & b; }
+    static BERDIFF_FN U bor(U a, U b) { return a | b; }
+    static BERDIFF_FN F select(U mask, F yes, F no) { return mask ? yes : no; }
+    template <int n>
+    static BERDIFF_FN U shift_left(U a) {
+        return a << n;
+    }
+    template <int n>
+    static BERDIFF_FN U shift_right(U a) {
+        return a >> n;
+    }
+    static BERDIFF_FN U top_bit_clear(U a) { return a >> 31 ? 0u : ~0u; }
+    static BERDIFF_FN bool any(U mask) { return mask != 0; }
+};
+
+}  // namespace berdiff

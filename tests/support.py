@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several test files share: golden values, toy networks, and exact tests of probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import scipy.stats
+import torch
+from torch import nn
+
+from berdiff_fast import NoiseSchedule
+from berdiff_fast.backends import select
+
+GOLDEN = Path(__file__).resolve().parents[1] / ".." / "shared" / "golden"
+
+METHODS = ("ddim", "ddpm", "d3pm")
+PREDICTIONS = ("epsilon", "y_0")
+
+#: Backends every CPU can be asked for; the module of ``cpp`` may not have been built.
+CPU_BACKENDS = [
+    "reference",
+    pytest.param(
+        "cpp", marks=pytest.mark.skipif(not select.can_run("cpp", "cpu"), reason="berdiff_fast._cpu not built")
+    ),
+]
+
+#: The fast one of them, for tests that draw many bits: equal bits are shown elsewhere.
+FASTEST = "cpp" if select.can_run("cpp", "cpu") else "reference"
+
+#: Chance that a family of statistical tests fails although all is well. The seeds are fixed, so a test that passes once
+#: passes for ever; this is how surprising a failure has to be before it counts.
+ALPHA = 1e-6
+
+
+def golden_path(name: str) -> Path:
+    """A file of values of the published code; skips the test where they are not at hand."""
+    path = GOLDEN / name
+    if not path.exists():
+        pytest.skip(f"values of the published code are not here: shared/golden/{name}")
+    return path
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    """The tensors of ``shared/golden/<name>.safetensors``."""
+    return safetensors.torch.load_file(golden_path(f"{name}.safetensors"))
+
+
+# ---------------------------------------------------------------------- probabilities
+
+
+def theta(row: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """The probability (P + Q E) / (R + S E) to flip a bit, in float64; ``row`` is (..., 4), ``z`` broadcasts."""
+    P, Q, R, S = row.double().unbind(-1)
+    E = torch.exp(-z.double())
+    return (P + Q * E) / (R + S * E)
+
+
+def assert_binomial(ones: Any, trials: Any, probability: Any, *, alpha: float = ALPHA) -> None:
+    """Exact two-sided binomial test of every cell of a family; Bonferroni keeps the family's error at ``alpha``."""
+    ones, trials, probability = np.broadcast_arrays(
+        *(np.asarray(x, dtype=np.float64) for x in (ones, trials, probability))
+    )
+    too_few = scipy.stats.binom.cdf(ones, trials, probability)
+    too_many = scipy.stats.binom.sf(ones - 1, trials, probability)
+    p = np.minimum(2 * np.minimum(too_few, too_many), 1.0)
+    worst = np.unravel_index(np.argmin(p), p.shape)
+    assert p[worst] >= alpha / p.size, (
+        f"cell {worst}: {ones[worst]:.0f} of {trials[worst]:.0f} where {probability[worst]:.3g} was expected, "
+        f"p = {p[worst]:.3g} < {alpha} / {p.size}"
+    )
+
+
+def assert_uncorrelated(pairs: list[tuple[str, torch.Tensor, torch.Tensor]], *, alpha: float = ALPHA) -> None:
+    """Correlation of pairs of uniforms or fair bits, each of at least 10^4 numbers, in one Bonferroni family.
+
+    With mean m and variance v known, sum((x - m)(y - m)) / (v sqrt(N)) has mean 0 and variance 1 for independent
+    fair draws, also where the pairs overlap (as lags do: products of neighbours are uncorrelated). For N this large
+    it is normal.
+    """
+    limit = scipy.stats.norm.isf(alpha / 2 / len(pairs))
+    for name, x, y in pairs:
+        if x.dtype is torch.bool:
+            variance, x, y = 0.25, x.double() - 0.5, y.double() - 0.5
+        else:
+            variance, x, y = 1 / 12, x.double() - 0.5, y.double() - 0.5
+        assert x.shape == y.shape and x.numel() >= 10**4
+        score = float((x * y).sum()) / (variance * x.numel() ** 0.5)
+        assert abs(score) <= limit, f"{name}: correlated, {score:.1f} deviations, at most {limit:.1f} expected"
+
+
+# ---------------------------------------------------------------------- networks
+
+
+class Toy(nn.Module):
+    """A deterministic network whose logits for a row depend on that row's y_t, t and img alone, to the last bit.
+
+    Only additions, multiplications and shifts: torch may compute other functions differently in a vector's tail, and
+    then a row would depend on its place in the batch.
+    """
+
+    def __init__(self, mask_channels: int = 1, *, spatial_dims: int = 2, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.mask_channels = mask_channels
+        self.spatial_dims = spatial_dims
+        self.weight = nn.Parameter(torch.tensor([1.5, -2.0, 0.75], dtype=dtype))
+        self.rows: list[int] = []
+        self.seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def forward(self, y_t: torch.Tensor, t: torch.Tensor, img: torch.Tensor) -> torch.Tensor:
+        self.rows.append(len(y_t))
+        self.seen.append((y_t, t, img))
+        a, b, c = self.weight.unbind()
+        time = (t.to(y_t.dtype) * 0.001).reshape(-1, *[1] * (y_t.ndim - 1))
+        channel = torch.arange(y_t.shape[1], dtype=y_t.dtype).reshape(-1, *[1] * self.spatial_dims)
+        return img[:, :1] * a + y_t.roll(1, -1) * c + y_t * b * time + channel * 0.25 - time
+
+
+def toy_image(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def uniform_logits(logit: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A network that knows nothing but y_t and t."""
+
+    def network(y_t: torch.Tensor, t: torch.Tensor, img: torch.Tensor) -> torch.Tensor:
+        return logit(y_t, t.reshape(-1, *[1] * (y_t.ndim - 1)))
+
+    return network
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch's number of threads, which the C++ kernels follow, for the length of a ``with`` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def full_table(schedule: NoiseSchedule, method: str, **options: Any) -> torch.Tensor:
+    """The step table over all timesteps: row t steps from t to t - 1."""
+    return schedule.step_table(range(schedule.timesteps), method, **options)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a GPU can show. (Equal bits on a GPU are in test_equal_bits.py, whose variants include it.)"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from berdiff_fast import NoiseSchedule, UNet, image_seeds, ops, sample
+from berdiff_fast.backends import select
+
+pytestmark = pytest.mark.gpu
+
+SCHEDULE = NoiseSchedule("cosine2")
+TAUS = SCHEDULE.subsequence(10)
+BACKENDS = ["cuda", "triton"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if not select.can_run(request.param, "cuda"):
+        pytest.skip(select.why_not(request.param, "cuda"))
+    return request.param
+
+
+def chain(backend, seeds, z, flag, table):
+    y = ops.initial_noise(seeds, z.shape[1:], samples_per_image=len(z), backend=backend)
+    for row in (9, 8, 7):
+        y = ops.sample_step(y, z, seeds, table[row], TAUS[row], nan_flag=flag, backend=backend)
+    return y
+
+
+def test_a_captured_graph_draws_fresh_noise_for_fresh_seeds(backend):
+    table = SCHEDULE.step_table(TAUS).float().cuda()
+    z, flag = torch.randn(8, 1, 64, 64, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
+    seeds = image_seeds(1, 1).cuda()
+    chain(backend, seeds, z, flag, table)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(backend, seeds, z, flag, table)
+    for seed in (1, 2, 3):
+        seeds.copy_(image_seeds(seed, 1))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, chain(backend, image_seeds(seed, 1).cuda(), z, flag, table))
+
+
+def test_the_current_stream_is_honoured(backend):
+    table = SCHEDULE.step_table(TAUS).float().cuda()
+    flag, seeds = torch.zeros(1, dtype=torch.int32, device="cuda"), image_seeds(1, 1).cuda()
+    z = torch.randn(64, 1, 128, 128, device="cuda")
+    expected = chain(backend, seeds, z, flag, table)
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(z)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # the logits arrive late: a kernel on another stream would read zeros
+        late.copy_(z)
+        got = chain(backend, seeds, late, flag, table)
+    stream.synchronize()
+    assert torch.equal(expected, got)
+
+
+def test_sample_on_the_gpu(backend):
+    torch.manual_seed(0)
+    network = UNet(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,)).cuda()
+    torch.nn.init.normal_(network.out[2].weight, std=0.1)
+    img = torch.randn(2, 1, 32, 32, device="cuda")
+    options = dict(n=4, seed=3, schedule="cosine2", prediction="epsilon")
+    masks = sample(network, img, backend=backend, **options)
+    assert masks.is_cuda
+    assert torch.equal(masks, sample(network, img, backend="reference", **options))
+
+
+def test_no_synchronisation_inside_the_loop(backend):
+    network = UNet(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,)).cuda()
+    img = torch.randn(1, 1, 32, 32, device="cuda")
+    calls = []
+
+    def watched(y_t, t, img):
+        calls.append(1)
+        torch.cuda.set_sync_debug_mode("error" if len(calls) < 10 else "default")
+        return network(y_t, t, img)
+
+    try:
+        sample(watched, img, n=4, steps=10, seed=1, schedule=SCHEDULE, prediction="epsilon", backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(calls) == 10
+
+
+def test_nan_is_found_on_the_gpu(backend):
+    y = torch.zeros(2, 1, 8, 8, device="cuda")
+    z = y.clone()
+    z[1, 0, 7, 7] = float("nan")
+    with pytest.raises(FloatingPointError, match="timestep 5"):
+        ops.sample_step(y, z, image_seeds(0, 2).cuda(), torch.ones(4, device="cuda"), 5, backend=backend)
