@@ -24,22 +24,23 @@ style: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc berdiff_fast -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -name '*.safetensors')
+# In place, so that Python started here finds the compiled modules beside the sources.
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.demo: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install $(CONSTRAINTS) ".[figures]"
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e ".[figures]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install $(CONSTRAINTS) ".[test]"
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e ".[test]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install $(CONSTRAINTS) ".[dev]"
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e ".[dev]"
 	touch $@
 
 clean:

@@ -95,3 +95,18 @@ def test_nan_is_found_on_the_gpu(backend):
     z[1, 0, 7, 7] = float("nan")
     with pytest.raises(FloatingPointError, match="timestep 5"):
         ops.sample_step(y, z, image_seeds(0, 2).cuda(), torch.ones(4, device="cuda"), 5, backend=backend)
+
+
+def test_opcheck_and_compile_on_the_gpu(backend):
+    y, z = torch.zeros(2, 1, 8, 8, device="cuda"), torch.randn(2, 1, 8, 8, device="cuda")
+    seeds, flag = image_seeds(0, 2).cuda(), torch.zeros(1, dtype=torch.int32, device="cuda")
+    row = SCHEDULE.step_table(TAUS).float()[4].cuda()
+    arguments = (y, z, seeds, row, flag, 400, 1, 0, 0, "epsilon", False, torch.float32, backend)
+    torch.library.opcheck(torch.ops.berdiff_fast.sample_step.default, arguments)
+
+    def two_steps(y, z):
+        for t in (400, 300):
+            y = ops.sample_step(y, z, seeds, row, t, nan_flag=flag, backend=backend)
+        return y
+
+    assert torch.equal(two_steps(y, z), torch.compile(two_steps, fullgraph=True)(y, z))

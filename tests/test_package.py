@@ -22,13 +22,16 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(code: str, **environment: str) -> str:
-    # Where the package is imported from must not depend on the folder: the sources may lack the compiled modules.
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    package = str(Path(bf.__file__).parent.parent)
-    env["PYTHONPATH"] = os.pathsep.join([package, env.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = run(code, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    # Python looks in the current folder first, and there the sources may lie without the compiled modules.
+    where = Path(bf.__file__).parent.parent
+    return subprocess.run([sys.executable, "-c", code], env=env, cwd=where, capture_output=True, text=True)
 
 
 def test_import_is_quick_and_lazy():
@@ -88,8 +91,7 @@ import berdiff_fast as bf
 bf.ops.initial_noise(bf.image_seeds(0, 1), (8,))
 bf.ops.initial_noise(bf.image_seeds(0, 1), (8,))
 """
-    env = {**os.environ, "BERDIFF_FAST_ISA": "avx9000", "PYTHONPATH": str(Path(bf.__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = run(code, BERDIFF_FAST_ISA="avx9000")
     assert done.returncode == 0
     assert done.stderr.count("WARNING:berdiff_fast:backend 'auto' uses the slow 'reference'") == 1
     assert "BERDIFF_FAST_ISA: isa must be 'auto' or one of" in done.stderr
