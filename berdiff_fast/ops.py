@@ -336,7 +336,7 @@ def _check_devices(first: torch.Tensor, **others: torch.Tensor) -> None:
             raise ValueError(f"{name} must be on {first.device} like the masks, got {tensor.device}")
 
 
-def _check_noise(
+def _initial_noise_output(
     seeds: torch.Tensor,
     mask_shape: Sequence[int],
     rows: int,
@@ -344,7 +344,8 @@ def _check_noise(
     first_row: int,
     first_sample: int,
     dtype: torch.dtype,
-) -> None:
+    backend: str,
+) -> torch.Tensor:
     _check_dtype(dtype)
     if rows < 0:
         raise ValueError(f"rows must be at least 0, got {rows}")
@@ -352,6 +353,7 @@ def _check_noise(
         raise ValueError(f"mask_shape must not be negative, got {tuple(mask_shape)}")
     _check_seeds(seeds, rows, samples_per_image, first_row, first_sample)
     _check_pixels(math.prod(mask_shape))
+    return torch.empty((rows, *mask_shape), dtype=dtype, device=seeds.device)
 
 
 def _check_pixels(pixels: int) -> None:
@@ -359,7 +361,7 @@ def _check_pixels(pixels: int) -> None:
         raise ValueError(f"a mask may have at most 2^34 pixels, got {pixels}")
 
 
-def _check_q_sample(
+def _q_sample_output(
     y_0: torch.Tensor,
     t: torch.Tensor,
     flip: torch.Tensor,
@@ -368,7 +370,8 @@ def _check_q_sample(
     first_row: int,
     first_sample: int,
     dtype: torch.dtype,
-) -> None:
+    backend: str,
+) -> torch.Tensor:
     _check_mask("y_0", y_0)
     _check_dtype(dtype)
     rows = y_0.shape[0]
@@ -379,9 +382,10 @@ def _check_q_sample(
     _check_seeds(seeds, rows, samples_per_image, first_row, first_sample)
     _check_devices(y_0, t=t, flip=flip, seeds=seeds)
     _check_pixels(math.prod(y_0.shape[1:]))
+    return torch.empty_like(y_0, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _check_step(
+def _sample_step_output(
     y_t: torch.Tensor,
     logits: torch.Tensor,
     seeds: torch.Tensor,
@@ -392,8 +396,10 @@ def _check_step(
     first_row: int,
     first_sample: int,
     prediction: str,
+    threshold: bool,
     dtype: torch.dtype,
-) -> None:
+    backend: str,
+) -> torch.Tensor:
     _check_rule(y_t, logits, coefficients, prediction)
     _check_dtype(dtype)
     _check_seeds(seeds, y_t.shape[0], samples_per_image, first_row, first_sample)
@@ -406,12 +412,20 @@ def _check_step(
         _check_devices(y_t, seeds=seeds, nan_flag=nan_flag)
     if y_t.numel() > 4 * _MAX_WORD:
         _check_pixels(math.prod(y_t.shape[1:]))
+    return torch.empty_like(y_t, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _posterior_output(
+    y_t: torch.Tensor, logits: torch.Tensor, coefficients: torch.Tensor, prediction: str, backend: str
+) -> torch.Tensor:
+    _check_rule(y_t, logits, coefficients, prediction)
+    return torch.empty_like(y_t, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 # ---------------------------------------------------------------------- registration
 #
-# Plain Python functions behind torch.library schemas. Each has two lives: the kernel, and the fake that tells
-# FakeTensor, meta tensors and torch.compile about shapes; both run the same checks.
+# Plain Python functions behind torch.library schemas. `_op_output` has the op's arguments, checks them and makes the
+# tensor to be filled; that is all FakeTensor, meta tensors and torch.compile need to know. `_op` then fills it.
 
 _KERNELS: dict[str, Callable[..., torch.Tensor]] = {}
 _library = torch.library.Library("berdiff_fast", "DEF")
@@ -427,73 +441,28 @@ def _register(schema: str, kernel, fake) -> None:
     torch.library.register_fake(f"berdiff_fast::{name}", fake, lib=_library)
 
 
-def _initial_noise(seeds, mask_shape, rows, samples_per_image, first_row, first_sample, dtype, backend):
-    _check_noise(seeds, mask_shape, rows, samples_per_image, first_row, first_sample, dtype)
+def _initial_noise(*arguments):
+    out = _initial_noise_output(*arguments)
+    seeds, _mask_shape, _rows, samples_per_image, first_row, first_sample, _dtype, backend = arguments
     kernels = select.get(backend, seeds.device.type)
-    out = torch.empty((rows, *mask_shape), dtype=dtype, device=seeds.device)
     if out.numel():
         kernels.noise(out, seeds.contiguous(), samples_per_image, first_row, first_sample)
     return out
 
 
-def _initial_noise_fake(seeds, mask_shape, rows, samples_per_image, first_row, first_sample, dtype, backend):
-    _check_noise(seeds, mask_shape, rows, samples_per_image, first_row, first_sample, dtype)
-    return torch.empty((rows, *mask_shape), dtype=dtype, device=seeds.device)
-
-
-def _q_sample(y_0, t, flip, seeds, samples_per_image, first_row, first_sample, dtype, backend):
-    _check_q_sample(y_0, t, flip, seeds, samples_per_image, first_row, first_sample, dtype)
+def _q_sample(*arguments):
+    out = _q_sample_output(*arguments)
+    y_0, t, flip, seeds, *rows, _dtype, backend = arguments
     kernels = select.get(backend, y_0.device.type)
-    out = torch.empty(y_0.shape, dtype=dtype, device=y_0.device)
     if out.numel():
-        kernels.q_sample(
-            out,
-            y_0.contiguous(),
-            t.contiguous(),
-            flip.contiguous(),
-            seeds.contiguous(),
-            samples_per_image,
-            first_row,
-            first_sample,
-        )
+        kernels.q_sample(out, y_0.contiguous(), t.contiguous(), flip.contiguous(), seeds.contiguous(), *rows)
     return out
 
 
-def _q_sample_fake(y_0, t, flip, seeds, samples_per_image, first_row, first_sample, dtype, backend):
-    _check_q_sample(y_0, t, flip, seeds, samples_per_image, first_row, first_sample, dtype)
-    return torch.empty(y_0.shape, dtype=dtype, device=y_0.device)
-
-
-def _sample_step(
-    y_t,
-    logits,
-    seeds,
-    coefficients,
-    nan_flag,
-    timestep,
-    samples_per_image,
-    first_row,
-    first_sample,
-    prediction,
-    threshold,
-    dtype,
-    backend,
-):
-    _check_step(
-        y_t,
-        logits,
-        seeds,
-        coefficients,
-        nan_flag,
-        timestep,
-        samples_per_image,
-        first_row,
-        first_sample,
-        prediction,
-        dtype,
-    )
+def _sample_step(*arguments):
+    out = _sample_step_output(*arguments)
+    y_t, logits, seeds, coefficients, nan_flag, timestep, *rows, prediction, threshold, _dtype, backend = arguments
     kernels = select.get(backend, "cpu" if y_t.is_cpu else y_t.device.type)
-    out = torch.empty_like(y_t, dtype=dtype, memory_format=torch.contiguous_format)
     if out.numel():
         kernels.step(
             out,
@@ -505,79 +474,41 @@ def _sample_step(
             prediction == "y_0",
             threshold,
             seeds.contiguous(),
-            samples_per_image,
-            first_row,
-            first_sample,
+            *rows,
         )
     return out
 
 
-def _sample_step_fake(
-    y_t,
-    logits,
-    seeds,
-    coefficients,
-    nan_flag,
-    timestep,
-    samples_per_image,
-    first_row,
-    first_sample,
-    prediction,
-    threshold,
-    dtype,
-    backend,
-):
-    _check_step(
-        y_t,
-        logits,
-        seeds,
-        coefficients,
-        nan_flag,
-        timestep,
-        samples_per_image,
-        first_row,
-        first_sample,
-        prediction,
-        dtype,
-    )
-    return torch.empty(y_t.shape, dtype=dtype, device=y_t.device)
-
-
-def _posterior(y_t, logits, coefficients, prediction, backend):
-    _check_rule(y_t, logits, coefficients, prediction)
+def _posterior(*arguments):
+    out = _posterior_output(*arguments)
+    y_t, logits, coefficients, prediction, backend = arguments
     kernels = select.get(backend, "cpu" if y_t.is_cpu else y_t.device.type)
-    out = torch.empty(y_t.shape, dtype=torch.float32, device=y_t.device)
     if out.numel():
         kernels.posterior(out, y_t.contiguous(), logits.contiguous(), coefficients.contiguous(), prediction == "y_0")
     return out
-
-
-def _posterior_fake(y_t, logits, coefficients, prediction, backend):
-    _check_rule(y_t, logits, coefficients, prediction)
-    return torch.empty(y_t.shape, dtype=torch.float32, device=y_t.device)
 
 
 _register(
     "initial_noise(Tensor seeds, SymInt[] mask_shape, SymInt rows, SymInt samples_per_image, SymInt first_row, "
     "SymInt first_sample, ScalarType dtype, str backend) -> Tensor",
     _initial_noise,
-    _initial_noise_fake,
+    _initial_noise_output,
 )
 _register(
     "q_sample(Tensor y_0, Tensor t, Tensor flip, Tensor seeds, SymInt samples_per_image, SymInt first_row, "
     "SymInt first_sample, ScalarType dtype, str backend) -> Tensor",
     _q_sample,
-    _q_sample_fake,
+    _q_sample_output,
 )
 _register(
     "sample_step(Tensor y_t, Tensor logits, Tensor seeds, Tensor coefficients, Tensor(a!) nan_flag, SymInt timestep, "
     "SymInt samples_per_image, SymInt first_row, SymInt first_sample, str prediction, bool threshold, "
     "ScalarType dtype, str backend) -> Tensor",
     _sample_step,
-    _sample_step_fake,
+    _sample_step_output,
 )
 _register(
     "posterior(Tensor y_t, Tensor logits, Tensor coefficients, str prediction, str backend) -> Tensor",
     _posterior,
-    _posterior_fake,
+    _posterior_output,
 )
