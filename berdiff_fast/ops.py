@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from berdiff_fast import checks
 from berdiff_fast.backends import select
 from berdiff_fast.backends.select import BackendUnavailableError
-from berdiff_fast.schedule import NoiseSchedule
+from berdiff_fast.schedule import LOSS_COLUMNS, NoiseSchedule
 
-__all__ = ["BackendUnavailableError", "initial_noise", "posterior", "q_sample", "sample_step"]
+__all__ = ["BackendUnavailableError", "diffusion_loss", "initial_noise", "posterior", "q_sample", "sample_step"]
 
 MASK_DTYPES: tuple[torch.dtype, ...] = (torch.bool, torch.uint8, torch.float32, torch.float16, torch.bfloat16)
 LOGIT_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
@@ -117,12 +118,7 @@ def q_sample(
         raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
     _check_mask("y_0", y_0)
     _check_ints(samples_per_image=samples_per_image, first_row=first_row, first_sample=first_sample)
-    if t.dtype != torch.int64 or t.ndim != 1:
-        raise ValueError(f"t must be one-dimensional int64, got shape {tuple(t.shape)} of {t.dtype}")
-    if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
-        low, high = torch.aminmax(t)
-        if low < 0 or high >= schedule.timesteps:
-            raise ValueError(f"t must be in [0, {schedule.timesteps}), got values from {low} to {high}")
+    _check_timesteps(t, schedule)
     return call(
         y_0,
         t,
@@ -238,6 +234,68 @@ def posterior(
     )
 
 
+def diffusion_loss(
+    logits: torch.Tensor,
+    y_t: torch.Tensor,
+    y_0: torch.Tensor,
+    t: torch.Tensor,
+    schedule: NoiseSchedule,
+    *,
+    prediction: str = "epsilon",
+    kl_weight: float = 1.0,
+    bce_weight: float = 1.0,
+    leave_one_out: bool = False,
+    weights: torch.Tensor | None = None,
+    ignore: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The training loss: KL(q(y_{t-1} | y_t, y_0) || p(y_{t-1} | y_t)) + lambda BCE(epsilon, e) (BerDiff, eq. 8).
+
+    In bits per pixel, as the published code reports it. Value and gradient come from one pass over the logits, so the
+    network runs once. Differentiable once, with respect to ``logits``.
+
+    Args:
+        logits: (N, K, *spatial) float32, float16, bfloat16, or float64 (on "reference" alone, which auto then takes).
+        y_t, y_0: of the same shape, noisy and clean masks.
+        t: (N,) int64, the timestep of each mask.
+        schedule: that y_t was drawn with.
+        prediction: what the logits say: "epsilon", P(y_t xor y_0 = 1), or "y_0", P(y_0 = 1).
+        kl_weight, bce_weight: of the two terms; the paper's are 1 and lambda = 1. At t = 0 the KL term is the decoder's
+            negative log-likelihood.
+        leave_one_out: put the leave-one-out shift into the KL term, see ``NoiseSchedule.loss_table``.
+        weights: (T,), multiplies the loss of each timestep.
+        ignore: masks of the shape of y_0 that are not zero where a pixel does not count. A mask of which nothing counts
+            has loss 0.
+        backend: "auto", "reference", "cpp", "cuda" or "triton".
+
+    Returns:
+        (N,) float32 (float64 for float64 logits): each mask's mean over the pixels that count.
+
+    Raises:
+        ValueError, TypeError, BackendUnavailableError: naming the argument; timesteps as in ``q_sample``.
+    """
+    for name, tensor in (("logits", logits), ("y_t", y_t), ("y_0", y_0), ("t", t)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+    for name, weight in (("kl_weight", kl_weight), ("bce_weight", bce_weight)):
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, got {weight!r}")
+    _check_timesteps(t, schedule)
+    rows = schedule.loss_rows(t, kl_weight=kl_weight, bce_weight=bce_weight, leave_one_out=leave_one_out)
+    if weights is not None:
+        if not isinstance(weights, torch.Tensor) or weights.shape != (schedule.timesteps,):
+            raise ValueError(
+                f"weights must be a tensor of shape ({schedule.timesteps},), one for each timestep, got "
+                f"{tuple(weights.shape) if isinstance(weights, torch.Tensor) else type(weights).__name__}"
+            )
+        rows = torch.cat([rows[:, :-2], rows[:, -2:] * weights.detach().to(rows)[t][:, None]], dim=1)
+    if backend == "auto" and logits.dtype is torch.float64:
+        backend = "reference"
+    return torch.ops.berdiff_fast.diffusion_loss(logits, y_t, y_0, rows, ignore, prediction, backend)[0]
+
+
 def _samples_per_image(y_t: torch.Tensor, seeds: torch.Tensor, first_row: int) -> int:
     rows, images = y_t.size(0) if y_t.ndim else 1, seeds.numel()
     if first_row or not images or rows % images:
@@ -307,6 +365,15 @@ def _check_mask(name: str, mask: torch.Tensor) -> None:
         raise TypeError(f"{name} must be bool, uint8, float32, float16 or bfloat16, got {mask.dtype}")
     if mask.ndim < 1:
         raise ValueError(f"{name} must have a first dimension that counts masks, got a scalar")
+
+
+def _check_timesteps(t: torch.Tensor, schedule: NoiseSchedule) -> None:
+    if t.dtype != torch.int64 or t.ndim != 1:
+        raise ValueError(f"t must be one-dimensional int64, got shape {tuple(t.shape)} of {t.dtype}")
+    if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
+        low, high = torch.aminmax(t)
+        if low < 0 or high >= schedule.timesteps:
+            raise ValueError(f"t must be in [0, {schedule.timesteps}), got values from {low} to {high}")
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -422,12 +489,47 @@ def _posterior_output(
     return torch.empty_like(y_t, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
+def _diffusion_loss_output(
+    logits: torch.Tensor,
+    y_t: torch.Tensor,
+    y_0: torch.Tensor,
+    rows: torch.Tensor,
+    ignore: torch.Tensor | None,
+    prediction: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_mask("y_t", y_t)
+    _check_mask("y_0", y_0)
+    if logits.dtype not in (*LOGIT_DTYPES, torch.float64):
+        raise TypeError(f"logits must be float32, float16, bfloat16 or float64, got {logits.dtype}")
+    if logits.dtype is torch.float64 and backend != "reference":
+        raise TypeError(f"logits must be float32, float16 or bfloat16 for backend {backend!r}, got float64")
+    if ignore is not None:
+        _check_mask("ignore", ignore)
+    for name, tensor in (("logits", logits), ("y_0", y_0), ("ignore", ignore)):
+        if tensor is not None and tensor.shape != y_t.shape:
+            raise ValueError(f"{name} must have the shape of y_t, {tuple(y_t.shape)}, got {tuple(tensor.shape)}")
+        if tensor is not None:
+            _check_devices(y_t, **{name: tensor})
+    if rows.dtype is not torch.float64 or rows.shape != (y_t.shape[0], len(LOSS_COLUMNS)):
+        raise ValueError(
+            f"t must have one timestep for each of the {y_t.shape[0]} masks of y_t: rows must be float64 of shape "
+            f"({y_t.shape[0]}, {len(LOSS_COLUMNS)}), got {rows.dtype} of shape {tuple(rows.shape)}"
+        )
+    _check_devices(y_t, t=rows)
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction must be 'epsilon' or 'y_0', got {prediction!r}")
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    value = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
+    return value, torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
 # ---------------------------------------------------------------------- registration
 #
 # Plain Python functions behind torch.library schemas. `_op_output` has the op's arguments, checks them and makes the
 # tensor to be filled; that is all FakeTensor, meta tensors and torch.compile need to know. `_op` then fills it.
 
-_KERNELS: dict[str, Callable[..., torch.Tensor]] = {}
+_KERNELS: dict[str, Callable[..., Any]] = {}
 _library = torch.library.Library("berdiff_fast", "DEF")
 _DEVICES = ("CPU", "CUDA")
 
@@ -488,6 +590,40 @@ def _posterior(*arguments):
     return out
 
 
+def _diffusion_loss(*arguments):
+    value, gradient = _diffusion_loss_output(*arguments)
+    logits, y_t, y_0, rows, ignore, prediction, backend = arguments
+    kernels = select.get(backend, y_t.device.type)
+    if gradient.numel():
+        kernels.diffusion_loss(
+            value,
+            gradient,
+            logits.contiguous(),
+            y_t.contiguous(),
+            y_0.contiguous(),
+            rows.contiguous(),
+            None if ignore is None else ignore.contiguous(),
+            prediction == "y_0",
+        )
+    else:
+        value.zero_()
+    return value, gradient
+
+
+def _save_gradient(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+
+
+def _scale_gradient(ctx, grad_value, _grad_gradient):
+    if grad_value is None:
+        return (None,) * 7
+    (gradient,) = ctx.saved_tensors
+    # Each mask's loss depends on its own logits alone.
+    return (gradient * grad_value.to(gradient.dtype).reshape(-1, *[1] * (gradient.ndim - 1)), *[None] * 6)
+
+
 _register(
     "initial_noise(Tensor seeds, SymInt[] mask_shape, SymInt rows, SymInt samples_per_image, SymInt first_row, "
     "SymInt first_sample, ScalarType dtype, str backend) -> Tensor",
@@ -511,4 +647,13 @@ _register(
     "posterior(Tensor y_t, Tensor logits, Tensor coefficients, str prediction, str backend) -> Tensor",
     _posterior,
     _posterior_output,
+)
+_register(
+    "diffusion_loss(Tensor logits, Tensor y_t, Tensor y_0, Tensor rows, Tensor? ignore, str prediction, str backend) "
+    "-> (Tensor, Tensor)",
+    _diffusion_loss,
+    _diffusion_loss_output,
+)
+torch.library.register_autograd(
+    "berdiff_fast::diffusion_loss", _scale_gradient, setup_context=_save_gradient, lib=_library
 )

@@ -20,6 +20,11 @@ from berdiff_fast import checks
 
 #: Samplers: each is a rule to flip bits, see ``NoiseSchedule.step_table``.
 METHODS = ("ddim", "ddpm", "d3pm")
+#: Columns of ``NoiseSchedule.loss_table``; P_not = R - P, Q_not = S - Q, determinant = P S - Q R.
+LOSS_COLUMNS = (
+    *("P", "Q", "R", "S", "P_not", "Q_not", "determinant", "f1", "f0", "f1_not", "f0_not"),
+    *("kl_weight", "bce_weight"),
+)
 SPACINGS = ("uniform", "quadratic", "trailing")
 
 _OFFSET = 0.008
@@ -54,6 +59,8 @@ class NoiseSchedule:
             same without the square. "linear" is Ho et al.'s, scaled to the number of timesteps. (MONAI's "cosine"
             is cos^2 shifted by one timestep: its A_t is our A_{t-1}, so its first timestep has no noise.)
         timesteps: T, at least 2.
+        input_scale: b multiplies the odds A_t / (1 - A_t) by b^2: below 1 there is more noise at every timestep (input
+            scaling, Chen, arXiv 2301.10972; found to help on LIDC with Gaussian noise, arXiv 2504.05977).
         as_released: reproduce a fault of the published code, whose forward process drops the term (1 - A_t) / 2,
             so that background is never noised. For comparisons only; it changes ``flip_probability`` and nothing else.
 
@@ -65,11 +72,25 @@ class NoiseSchedule:
         TypeError: timesteps is not an int.
     """
 
-    def __init__(self, name: str = "cosine2", timesteps: int = 1000, *, as_released: bool = False) -> None:
+    def __init__(
+        self,
+        name: str = "cosine2",
+        timesteps: int = 1000,
+        *,
+        input_scale: float = 1.0,
+        as_released: bool = False,
+    ) -> None:
         if name not in _SCHEDULES:
             raise ValueError(f"name must be one of {sorted(_SCHEDULES)}, got {name!r}")
         timesteps = checks.integer("timesteps", timesteps, 2)
-        self._build(name, torch.tensor(_SCHEDULES[name](timesteps), dtype=torch.float64, device="cpu"), as_released)
+        if isinstance(input_scale, bool) or not isinstance(input_scale, (int, float)) or not 0 < input_scale < math.inf:
+            raise ValueError(f"input_scale must be a finite number above 0, got {input_scale!r}")
+        betas = torch.tensor(_SCHEDULES[name](timesteps), dtype=torch.float64, device="cpu")
+        if input_scale != 1:
+            A = torch.cumprod(1 - betas, dim=0)
+            A = input_scale**2 * A / ((input_scale**2 - 1) * A + 1)
+            betas = 1 - A / torch.cat([A.new_ones(1), A[:-1]])
+        self._build(name, betas, as_released, float(input_scale))
 
     @classmethod
     def from_betas(cls, betas: torch.Tensor | Sequence[float], *, as_released: bool = False) -> NoiseSchedule:
@@ -84,7 +105,7 @@ class NoiseSchedule:
         schedule._build("custom", betas, as_released)
         return schedule
 
-    def _build(self, name: str, betas: torch.Tensor, as_released: bool) -> None:
+    def _build(self, name: str, betas: torch.Tensor, as_released: bool, input_scale: float = 1.0) -> None:
         if not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(
                 f"every beta must lie strictly between 0 and 1; those of schedule {name!r} with {len(betas)} timesteps "
@@ -93,6 +114,7 @@ class NoiseSchedule:
         self.name = name
         self.timesteps = len(betas)
         self.as_released = as_released
+        self.input_scale = input_scale
         self.betas = betas
         self.alphas = 1.0 - betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
@@ -101,17 +123,21 @@ class NoiseSchedule:
         flips = (torch.zeros_like(keep), 2 * keep) if as_released else (keep, keep)
         self._flip = torch.stack(flips, dim=1).float()
         self._flip_on: dict[torch.device, torch.Tensor] = {}
+        self._loss_on: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_flip_on": {}}  # copies on devices do not travel
+        return {**self.__dict__, "_flip_on": {}, "_loss_on": {}}  # copies on devices do not travel
 
     def __repr__(self) -> str:
+        scale = f", input_scale={self.input_scale:g}" if self.input_scale != 1 else ""
         released = ", as_released=True" if self.as_released else ""
-        return f"NoiseSchedule({self.name!r}, {self.timesteps}{released})"
+        return f"NoiseSchedule({self.name!r}, {self.timesteps}{scale}{released})"
 
     def to_config(self) -> dict[str, Any]:
         """What ``from_config`` needs to build this schedule again; JSON-able."""
         config: dict[str, Any] = {"name": self.name, "timesteps": self.timesteps, "as_released": self.as_released}
+        if self.input_scale != 1:
+            config["input_scale"] = self.input_scale
         if self.name == "custom":
             config["betas"] = self.betas.tolist()
         return config
@@ -121,7 +147,8 @@ class NoiseSchedule:
         """The schedule that ``to_config`` described."""
         if config["name"] == "custom":
             return cls.from_betas(config["betas"], as_released=config.get("as_released", False))
-        return cls(config["name"], config["timesteps"], as_released=config.get("as_released", False))
+        options = {name: config[name] for name in ("as_released", "input_scale") if name in config}
+        return cls(config["name"], config["timesteps"], **options)
 
     # ------------------------------------------------------------------ timesteps
 
@@ -235,6 +262,61 @@ class NoiseSchedule:
         if leave_one_out:
             table[1:, 1::2] *= ((1 - A) / (1 + A))[1:, None]
         return table
+
+    # ------------------------------------------------------------------ the training loss
+
+    def loss_table(
+        self, *, kl_weight: float = 1.0, bce_weight: float = 1.0, leave_one_out: bool = False
+    ) -> torch.Tensor:
+        """What the loss needs to know of each timestep: one row of ``LOSS_COLUMNS`` (docs/math.md, "The loss").
+
+        With e = P(epsilon = 1), the ancestral step flips with probability f(e) = N / D, N = P e + Q (1 - e),
+        D = R e + S (1 - e), where P, Q, R, S are those of ``step_table(..., "ddpm")`` for neighbouring timesteps; the
+        true one is f1 = P / R where epsilon is 1 and f0 = Q / S where it is 0. Weights come in bits.
+
+        Args:
+            kl_weight, bce_weight: of the two terms (BerDiff, eq. 8: 1 and lambda). At t = 0 the KL term is the decoder's
+                negative log-likelihood, which is the BCE.
+            leave_one_out: the logit's leave-one-out shift inside the KL term (arXiv 2605.22765), with which both terms
+                have the same minimum, P(epsilon | y_t).
+
+        Returns:
+            (T, 13) float64.
+        """
+        A = self.alphas_cumprod
+        A_prev = torch.cat([A.new_ones(1), A[:-1]])
+        b, k, c = (1 - self.alphas) / 2, (1 + self.alphas) / 2, (1 - A_prev) / 2
+        shift = (1 - A) / (1 + A) if leave_one_out else torch.ones_like(A)
+        P, Q, P_not, Q_not = b * (A_prev + c), b * c * shift, k * c, k * (A_prev + c) * shift
+        R, S = P + P_not, Q + Q_not
+        # P S - Q R, which rounding would spoil: A_prev + 2 c = 1.
+        determinant = b * k * A_prev * shift
+        bits = torch.full_like(A, 1 / math.log(2))
+        table = torch.stack(
+            [P, Q, R, S, P_not, Q_not, determinant, P / R, Q / S, P_not / R, Q_not / S]
+            + [bits * kl_weight, bits * bce_weight],
+            dim=1,
+        )
+        # No KL at t = 0: numbers that are harmless, weight nothing, and leave the decoder's likelihood to the BCE.
+        table[0] = torch.tensor([0.5, 0.5, 1, 1, 0.5, 0.5, 0, 0.5, 0.5, 0.5, 0.5, 0, 0], dtype=torch.float64)
+        table[0, -1] = (kl_weight + bce_weight) / math.log(2)
+        return table
+
+    def loss_rows(
+        self, t: torch.Tensor, *, kl_weight: float = 1.0, bce_weight: float = 1.0, leave_one_out: bool = False
+    ) -> torch.Tensor:
+        """Rows of ``loss_table`` for timesteps t (N,) int64, on the device of t: (N, 13) float64.
+
+        The first call on a GPU copies a table there: make it before a graph is captured.
+        """
+        key = (float(kl_weight), float(bce_weight), bool(leave_one_out), t.device)
+        table = self._loss_on.get(key)
+        if table is None:
+            table = self.loss_table(kl_weight=kl_weight, bce_weight=bce_weight, leave_one_out=leave_one_out)
+            table = table.to(t.device)
+            if type(table) is torch.Tensor:  # a tracer's fake must not outlive its trace
+                self._loss_on[key] = table
+        return table[t]
 
     # ------------------------------------------------------------------ the forward process
 
