@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from berdiff_fast import __version__, demo, info
 from berdiff_fast.backends.select import BACKENDS
@@ -34,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=lambda options: info.main(["--json"] if options.json else []))
 
+    _add_train(commands, arguments)
+
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
@@ -45,6 +48,27 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"berdiff-fast {options.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _add_train(commands: Any, arguments: list[str] | None) -> None:
+    command = commands.add_parser(
+        "train",
+        help="train a model on an HDF5 file of slices with raters' masks; the same command again resumes",
+        epilog="example: berdiff-fast train --config lidc --train-data train.h5 --val-data val.h5 --output runs/lidc\n"
+        "several GPUs: accelerate launch -m berdiff_fast.cli train ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    from berdiff_fast.training import config
+
+    config.add_arguments(command)
+    command.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from berdiff_fast.training import config, loop
+
+    print(loop.train(config.from_arguments(options)))
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:

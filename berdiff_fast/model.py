@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from berdiff_fast import checks
+from berdiff_fast.files import write_bytes
 from berdiff_fast.network import official
 from berdiff_fast.network.unet import UNet
 from berdiff_fast.ops import PREDICTIONS
@@ -225,26 +225,11 @@ class BerDiff(nn.Module):
         data = safetensors.torch.save(weights, metadata={"berdiff_fast": json.dumps(config)})
         path = Path(path)
         if path.suffix == ".safetensors":
-            _write(path, data)
+            write_bytes(path, data)
         else:
             path.mkdir(parents=True, exist_ok=True)
-            _write(path / _WEIGHTS, data)
-            _write(path / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        # mkstemp is private to its user; a model is an ordinary file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+            write_bytes(path / _WEIGHTS, data)
+            write_bytes(path / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def bundled_models() -> list[str]:

@@ -275,8 +275,8 @@ class NoiseSchedule:
         true one is f1 = P / R where epsilon is 1 and f0 = Q / S where it is 0. Weights come in bits.
 
         Args:
-            kl_weight, bce_weight: of the two terms (BerDiff, eq. 8: 1 and lambda). At t = 0 the KL term is the decoder's
-                negative log-likelihood, which is the BCE.
+            kl_weight, bce_weight: of the two terms (BerDiff, eq. 8: 1 and lambda). At t = 0 the KL term is the
+                decoder's negative log-likelihood, which is the BCE.
             leave_one_out: the logit's leave-one-out shift inside the KL term (arXiv 2605.22765), with which both terms
                 have the same minimum, P(epsilon | y_t).
 
@@ -293,8 +293,10 @@ class NoiseSchedule:
         determinant = b * k * A_prev * shift
         bits = torch.full_like(A, 1 / math.log(2))
         table = torch.stack(
-            [P, Q, R, S, P_not, Q_not, determinant, P / R, Q / S, P_not / R, Q_not / S]
-            + [bits * kl_weight, bits * bce_weight],
+            [
+                *(P, Q, R, S, P_not, Q_not, determinant, P / R, Q / S, P_not / R, Q_not / S),
+                *(bits * kl_weight, bits * bce_weight),
+            ],
             dim=1,
         )
         # No KL at t = 0: numbers that are harmless, weight nothing, and leave the decoder's likelihood to the BCE.

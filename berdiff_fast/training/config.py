@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One typed description of a training run, from which the YAML file and the command line are both derived."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from berdiff_fast import checks
+from berdiff_fast.data.examples import Augmentation
+from berdiff_fast.model import BerDiff, Preprocessing
+from berdiff_fast.network.unet import UNet
+from berdiff_fast.schedule import METHODS, SPACINGS, NoiseSchedule
+
+_BUNDLED = Path(__file__).parent / "configs"
+
+
+def _option(default: Any, text: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainConfig:
+    """A training run. Every field is a key of the YAML file and, with dashes, an option of ``berdiff-fast train``.
+
+    Raises:
+        ValueError: a value out of range, or values that do not fit each other; the message names the field.
+        TypeError: a value of another type.
+    """
+
+    # Files
+    train_data: str = _option("", "HDF5 file to train on")
+    val_data: str = _option("", "HDF5 file to validate on; none: no validation")
+    output: str = _option("", "folder of the run; running again with the same one resumes")
+    in_memory: bool = _option(True, "read the data files at once")
+    workers: int = _option(0, "processes that prepare batches; 0: the training process itself")
+
+    # Network (the published U-Net)
+    model_channels: int = _option(32, "width of the first level, a multiple of 32")
+    channel_mult: list[int] = _option([1, 1, 2, 3], "width of each level in units of model_channels")
+    num_res_blocks: int = _option(1, "residual blocks per level")
+    attention_resolutions: list[int] = _option([8], "downsampling factors at which there is attention")
+    num_heads: int = _option(2, "attention heads")
+    dropout: float = _option(0.0, "dropout probability")
+    use_scale_shift_norm: bool = _option(False, "the timestep scales and shifts instead of being added")
+    patch_size: int = _option(1, "p x p pixels become channels on the way in: p^2 times cheaper")
+
+    # Diffusion
+    schedule: str = _option("cosine2", "noise schedule: linear, cosine, cosine2")
+    timesteps: int = _option(1000, "T")
+    input_scale: float = _option(1.0, "b < 1: more noise at every timestep; see NoiseSchedule")
+    as_released: bool = _option(False, "the published code's noise, which leaves background clean (comparisons)")
+    prediction: str = _option("epsilon", "what the network predicts: epsilon or y_0")
+    window: list[float] = _option([], "LOW HIGH: clip intensities to this window; none: each image's own range")
+
+    # Loss (BerDiff, eq. 8)
+    kl_weight: float = _option(1.0, "weight of the KL term")
+    bce_weight: float = _option(1.0, "lambda, weight of the BCE term")
+    leave_one_out: bool = _option(False, "the leave-one-out shift in the KL term; see docs/math.md")
+
+    # Augmentation
+    flip: bool = _option(True, "random mirror images")
+    rotate90: bool = _option(True, "random multiples of 90 degrees")
+    rotate: float = _option(0.0, "random rotation by up to this many degrees")
+    scale: float = _option(0.0, "random zoom by up to this fraction")
+
+    # Optimisation
+    steps: int = _option(4000, "optimiser steps")
+    batch_size: int = _option(16, "images per optimiser step, over all processes and accumulations")
+    accumulation: int = _option(1, "forward passes per optimiser step")
+    learning_rate: float = _option(2e-3, "peak rate of AdamW")
+    weight_decay: float = _option(1e-4, "of AdamW")
+    warmup: int = _option(200, "steps in which the rate rises linearly")
+    decay: str = _option("cosine", "the rate after warm-up: cosine (to 0) or constant")
+    clip: float = _option(1.0, "largest norm of the gradient; 0: no clipping")
+    ema_decay: float = _option(0.999, "of the averaged weights, which are the ones that are saved")
+    precision: str = _option("fp32", "fp32, bf16 or fp16 (automatic mixed precision)")
+    channels_last: bool = _option(False, "channels last in memory")
+    compile: bool = _option(False, "torch.compile the network")
+    device: str = _option("auto", "auto (a GPU if there is one) or cpu")
+    seed: int = _option(0, "of weights, order, raters, augmentation, noise and validation samples")
+
+    # Records
+    log_every: int = _option(50, "steps between lines of log.jsonl")
+    validate_every: int = _option(1000, "steps between validations")
+    validation_slices: int = _option(64, "slices of a validation, evenly spread over the file")
+    validation_samples: int = _option(16, "masks per slice of a validation")
+    validation_steps: int = _option(10, "sampling steps of a validation")
+    validation_method: str = _option("ddim", "sampler of a validation: " + ", ".join(METHODS))
+    validation_spacing: str = _option("uniform", "spacing of its timesteps: " + ", ".join(SPACINGS))
+    checkpoint_every: int = _option(500, "steps between checkpoints")
+    keep: int = _option(2, "checkpoints to keep, the newest ones")
+    tensorboard: bool = _option(True, "write TensorBoard files, where it is installed")
+
+    def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, _coerce(f.name, getattr(self, f.name), kinds[f.name]))
+        least = {
+            **dict.fromkeys(("steps", "batch_size", "accumulation", "log_every", "validate_every", "keep"), 1),
+            **dict.fromkeys(("validation_slices", "validation_samples", "validation_steps", "checkpoint_every"), 1),
+            **dict.fromkeys(("workers", "warmup", "seed"), 0),
+        }
+        for name, minimum in least.items():
+            checks.integer(name, getattr(self, name), minimum)
+        for name in ("learning_rate", "weight_decay", "clip", "kl_weight", "bce_weight", "rotate", "scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
+        choices = {
+            "decay": ("cosine", "constant"),
+            "precision": ("fp32", "bf16", "fp16"),
+            "device": ("auto", "cpu"),
+            "validation_method": METHODS,
+            "validation_spacing": SPACINGS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.kl_weight == self.bce_weight == 0:
+            raise ValueError("kl_weight and bce_weight must not both be 0")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size must be a multiple of accumulation, got {self.batch_size} and {self.accumulation}"
+            )
+        if len(self.window) not in (0, 2):
+            raise ValueError(f"window must be LOW HIGH or nothing, got {self.window}")
+        # What the parts themselves check: names and numbers of the schedule, the network and the window.
+        self.build_schedule().subsequence(self.validation_steps, self.validation_spacing)
+        self.build_model(mask_channels=1, img_channels=1, meta=True)
+
+    def build_schedule(self) -> NoiseSchedule:
+        """The noise schedule."""
+        return NoiseSchedule(self.schedule, self.timesteps, input_scale=self.input_scale, as_released=self.as_released)
+
+    def build_model(self, mask_channels: int, img_channels: int, *, meta: bool = False) -> BerDiff:
+        """The untrained model; with ``meta``, without memory for its weights."""
+        import torch
+
+        with torch.device("meta" if meta else "cpu"):
+            network = UNet(
+                in_channels=mask_channels,
+                img_channels=img_channels,
+                model_channels=self.model_channels,
+                channel_mult=self.channel_mult,
+                num_res_blocks=self.num_res_blocks,
+                attention_resolutions=self.attention_resolutions,
+                num_heads=self.num_heads,
+                dropout=self.dropout,
+                use_scale_shift_norm=self.use_scale_shift_norm,
+                patch_size=self.patch_size,
+            )
+        window = (self.window[0], self.window[1]) if self.window else None
+        preprocessing = Preprocessing("window" if window else "min-max", window)
+        return BerDiff(network, self.build_schedule(), self.prediction, preprocessing=preprocessing)
+
+    def augmentation(self) -> Augmentation:
+        """The random changes of training images."""
+        return Augmentation(self.flip, self.rotate90, self.rotate, self.scale)
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of step 0, 1, ...: linear warm-up, then constant or a quarter cosine to 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        if self.decay == "constant":
+            return self.learning_rate
+        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; ``from_dict`` of it is an equal run."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """The file that ``--config`` reads back."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """A run from a mapping of fields.
+
+        Raises:
+            ValueError: an unknown key; the message suggests the nearest one.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+                raise ValueError(f"unknown key {key!r} in the training config{hint}")
+        return cls(**values)
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of a YAML file, or of a config that comes with the package (``bundled_configs()``).
+
+    Raises:
+        FileNotFoundError: neither a file nor a bundled name.
+        ValueError: not a YAML mapping.
+    """
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        if str(path) not in bundled_configs():
+            raise FileNotFoundError(
+                f"config: no file {str(path)!r}, and no bundled config of that name (there are {bundled_configs()})"
+            )
+        file = _BUNDLED / f"{path}.yaml"
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold keys and values, got a {type(values).__name__}")
+    return values
+
+
+def bundled_configs() -> list[str]:
+    """Names of the configs that come with the package."""
+    return sorted(p.stem for p in _BUNDLED.glob("*.yaml"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of ``TrainConfig``; those not given stay unset."""
+    parser.add_argument("--config", help="YAML file of options, or one of: " + ", ".join(bundled_configs()))
+    kinds = get_type_hints(TrainConfig)
+    for f in dataclasses.fields(TrainConfig):
+        kind = kinds[f.name]
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        options: dict[str, Any] = {"help": f.metadata["help"] + (f" (default: {shown})" if shown != "" else "")}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind in (list[int], list[float]):
+            options |= {"nargs": "*", "type": kind.__args__[0], "metavar": "N"}
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **options)
+
+
+def from_arguments(options: argparse.Namespace) -> TrainConfig:
+    """The run that was asked for: defaults, then the YAML file, then the command line."""
+    values = read_yaml(options.config) if options.config else {}
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(options, f.name)}
+    return TrainConfig.from_dict({**values, **given})
+
+
+def _coerce(name: str, value: Any, kind: Any) -> Any:
+    if kind is float:
+        # YAML reads 1e-4 as a string.
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                raise TypeError(f"{name} must be a number, got {value!r}") from None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        return float(value)
+    if kind is int:
+        return checks.integer(name, value)
+    if kind in (bool, str):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be {'true or false' if kind is bool else 'a string'}, got {value!r}")
+        return value
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a list, got {value!r}")
+    return [_coerce(name, v, kind.__args__[0]) for v in value]

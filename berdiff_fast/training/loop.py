@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: noise a rater's mask, let the network say where the noise is, compare (BerDiff, algorithm 1).
+
+Everything random is a function of the seed and the step, so a run that was stopped and started again ends with the same
+weights as one that was not, and processes that share a batch do what one process would.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, gather_object
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import BatchSampler, DataLoader
+
+from berdiff_fast import ops, rng
+from berdiff_fast.data.examples import TrainingExamples
+from berdiff_fast.data.hdf5 import RaterDataset, check_disjoint
+from berdiff_fast.files import write_text
+from berdiff_fast.model import BerDiff
+from berdiff_fast.training import checkpoints, evaluate
+from berdiff_fast.training.config import TrainConfig
+from berdiff_fast.training.records import Records
+
+logger = logging.getLogger("berdiff_fast")
+
+
+def train(config: TrainConfig) -> Path:
+    """Train a model, or go on with the run in ``config.output``.
+
+    The folder then holds ``model.safetensors`` (averaged weights, for ``bf.load``), ``best.safetensors`` (those with
+    the lowest validation GED), ``checkpoints/``, ``config.yaml``, ``log.jsonl``, TensorBoard's files and ``previews/``.
+
+    Returns:
+        The path of ``model.safetensors``; of the newest checkpoint if the run was stopped by SIGTERM.
+
+    Raises:
+        ValueError, FileNotFoundError: data, config or checkpoint that do not fit; see there.
+        FloatingPointError: the loss is not finite.
+    """
+    if not config.output or not config.train_data:
+        raise ValueError(f"{'output' if not config.output else 'train_data'} must be given, got ''")
+    slices = RaterDataset(config.train_data, in_memory=config.in_memory)
+    held_out = RaterDataset(config.val_data) if config.val_data else None
+    _check_data(config, slices, held_out)
+
+    accelerator = Accelerator(
+        mixed_precision=config.precision.replace("fp32", "no"),
+        gradient_accumulation_steps=config.accumulation,
+        cpu=config.device == "cpu",
+        # Each batch of the loader is one of all processes together; every process takes its slice of it.
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+    )
+    if config.batch_size % (config.accumulation * accelerator.num_processes):
+        raise ValueError(
+            f"batch_size must be a multiple of accumulation x processes, {config.accumulation} x "
+            f"{accelerator.num_processes}, got {config.batch_size}"
+        )
+    torch.manual_seed(rng.signed64(rng.splitmix64(config.seed, 0)))
+    model = config.build_model(slices.mask_channels, slices.img_channels)
+    assert model.preprocessing is not None
+    model.to(accelerator.device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(
+        model.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
+    )
+    ema = AveragedModel(model.network, multi_avg_fn=_warmed_up_ema(config.ema_decay))
+
+    output = Path(config.output)
+    folder = output / "checkpoints"
+    first, extra = 0, {}
+    if (checkpoint := checkpoints.newest(folder)) is not None:
+        checkpoints.restore(checkpoint, config, model.network, ema, optimizer)
+        first, extra = checkpoint.step, checkpoint.extra
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.remove_unfinished(folder)
+        write_text(output / "config.yaml", config.to_yaml())
+
+    examples = TrainingExamples(slices, model.preprocessing, config.timesteps, config.seed, config.augmentation())
+    positions = range(first * config.batch_size, config.steps * config.batch_size)
+    loader = DataLoader(
+        examples,
+        batch_sampler=BatchSampler(positions, config.batch_size // config.accumulation, drop_last=True),
+        num_workers=config.workers,
+        pin_memory=accelerator.device.type == "cuda",
+        persistent_workers=config.workers > 0,
+    )
+    network = torch.compile(model.network) if config.compile else model.network
+    network, optimizer, loader = accelerator.prepare(network, optimizer, loader)
+    if accelerator.scaler is not None and "scaler" in extra:
+        accelerator.scaler.load_state_dict(extra["scaler"])
+
+    def save(step: int) -> Path | None:
+        """The state after ``step`` steps, by the main process."""
+        extra["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+        path = None
+        if accelerator.is_main_process:
+            path = checkpoints.save(folder, step, config, model.network, ema, optimizer.optimizer, extra)
+        accelerator.wait_for_everyone()
+        return path
+
+    averaged = BerDiff(ema.module, model.schedule, model.prediction, preprocessing=model.preprocessing)
+    batches: Iterator[dict[str, torch.Tensor]] = iter(loader)
+    with Records(output, config, first, enabled=accelerator.is_main_process) as records, _stop_signal() as stop:
+        for step in range(first, config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate_at(step)
+            # Dropout is the only other use of torch's generator.
+            torch.manual_seed(rng.signed64(rng.splitmix64(config.seed + accelerator.process_index, step + 1)))
+            network.train()
+            loss = norm = torch.zeros((), device=accelerator.device)
+            for _ in range(config.accumulation):
+                batch = next(batches)
+                with accelerator.accumulate(network):
+                    y_0, t = batch["y_0"], batch["t"]
+                    # y_t ~ q(y_t | y_0), eq. 2
+                    y_t = ops.q_sample(y_0, t, batch["noise_seed"], model.schedule)
+                    logits = network(y_t, t, batch["img"])
+                    # KL(q(y_{t-1} | y_t, y_0) || p(y_{t-1} | y_t)) + lambda BCE, eq. 8
+                    bits = ops.diffusion_loss(
+                        logits,
+                        y_t,
+                        y_0,
+                        t,
+                        model.schedule,
+                        prediction=config.prediction,
+                        kl_weight=config.kl_weight,
+                        bce_weight=config.bce_weight,
+                        leave_one_out=config.leave_one_out,
+                    ).mean()
+                    accelerator.backward(bits)
+                    if accelerator.sync_gradients and config.clip:
+                        norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    loss = loss + bits.detach() / config.accumulation
+            ema.update_parameters(model.network)
+            done = step + 1
+            records.step(done, loss, norm, config.learning_rate_at(step), accelerator)
+
+            if held_out is not None and (done % config.validate_every == 0 or done == config.steps):
+                numbers = _validate(config, averaged, held_out, records, done, accelerator)
+                if numbers and numbers["ged"] < extra.get("best_ged", float("inf")):
+                    extra |= {"best_ged": numbers["ged"], "best_step": done}
+                    averaged.save(output / "best.safetensors")
+            stopped = _agreed(stop, accelerator, done)
+            if stopped or done % config.checkpoint_every == 0 or done == config.steps:
+                path = save(done)
+            if stopped and done < config.steps:
+                records.say(f"stopped after step {done} of {config.steps}; the same command goes on from there")
+                return path or folder
+        if accelerator.is_main_process:
+            averaged.save(output / "model.safetensors")
+    accelerator.wait_for_everyone()
+    return output / "model.safetensors"
+
+
+def _check_data(config: TrainConfig, slices: RaterDataset, held_out: RaterDataset | None) -> None:
+    factor = config.patch_size * 2 ** (len(config.channel_mult) - 1)
+    for data in filter(None, (slices, held_out)):
+        if any(size % factor for size in data.image_size):
+            raise ValueError(f"{data.path}: images must have sides divisible by {factor}, got {data.image_size}")
+        if data.image_size[0] != data.image_size[1] and config.rotate90 and data is slices:
+            raise ValueError(f"rotate90 needs square images, and {data.path} has {data.image_size}")
+    if held_out is not None:
+        check_disjoint(slices, held_out)
+        for name in ("img_channels", "mask_channels"):
+            if getattr(slices, name) != getattr(held_out, name):
+                raise ValueError(
+                    f"val_data must have the {name} of train_data, {getattr(slices, name)}, got "
+                    f"{getattr(held_out, name)}"
+                )
+
+
+def _warmed_up_ema(decay: float):
+    """Torch's average with a decay that grows, so that it soon forgets the random start (as in TensorFlow's)."""
+
+    def average(averages, currents, count) -> None:
+        warm = (1 + float(count)) / (10 + float(count))
+        get_ema_multi_avg_fn(min(decay, warm))(averages, currents, count)
+
+    return average
+
+
+def _validate(
+    config: TrainConfig,
+    averaged: BerDiff,
+    held_out: RaterDataset,
+    records: Records,
+    step: int,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Sample a fixed choice of slices with the averaged weights; numbers on the main process, else nothing."""
+    rows: list[dict[str, Any]] = []
+    preview = None
+    for chosen, images, raters, samples in evaluate.sample_slices(
+        averaged,
+        held_out,
+        evaluate.spread(len(held_out), config.validation_slices),
+        n=config.validation_samples,
+        seed=config.seed,
+        steps=config.validation_steps,
+        method=config.validation_method,
+        spacing=config.validation_spacing,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    ):
+        rows += [{"slice": i, **numbers} for i, numbers in zip(chosen, evaluate.measure(raters, samples), strict=True)]
+        preview = preview or (images, raters, samples)
+    rows = sorted(gather_object(rows), key=lambda row: row.pop("slice"))
+    if not accelerator.is_main_process:
+        return {}
+    numbers = evaluate.summarize(rows)
+    records.validation(step, numbers, preview)
+    return numbers
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, so that the step at hand is finished and saved."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals are the main thread's
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _agreed(stop: threading.Event, accelerator: Accelerator, step: int) -> bool:
+    """Whether any process was told to stop; several of them ask each other every tenth step."""
+    if accelerator.num_processes == 1:
+        return stop.is_set()
+    if step % 10:
+        return False
+    if stop.is_set():
+        accelerator.set_trigger()
+    return accelerator.check_trigger()

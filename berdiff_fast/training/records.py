@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run shows and writes down: progress bar, ``log.jsonl``, TensorBoard, preview pictures."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from berdiff_fast.files import write_text
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from berdiff_fast.training.config import TrainConfig
+
+
+class Records:
+    """The main process's; elsewhere it takes part in the reductions and writes nothing.
+
+    A run that resumes after step ``first`` forgets what was noted of later steps.
+    """
+
+    def __init__(self, output: Path, config: TrainConfig, first: int, *, enabled: bool) -> None:
+        self.output, self.config, self.enabled = output, config, enabled
+        self._log = output / "log.jsonl"
+        self._board: Any = None
+        self._sum: torch.Tensor | None = None
+        self._since, self._count = time.monotonic(), 0
+        if not enabled:
+            return
+        kept = []
+        if self._log.is_file():
+            for line in self._log.read_text().splitlines():
+                try:
+                    kept += [line] if json.loads(line)["step"] <= first else []
+                except (ValueError, KeyError):
+                    break  # the line that a killed process was writing
+        write_text(self._log, "".join(line + "\n" for line in kept))
+        if config.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                pass
+            else:
+                self._board = SummaryWriter(output / "tensorboard", purge_step=first + 1)
+        self._bar = tqdm(total=config.steps, initial=first, unit="step", desc="training", dynamic_ncols=True)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.enabled:
+            self._bar.close()
+            if self._board is not None:
+                self._board.close()
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stderr)
+
+    def step(
+        self, step: int, loss: torch.Tensor, norm: torch.Tensor, learning_rate: float, accelerator: Accelerator
+    ) -> None:
+        """Note one step; the loss stays on its device until a line is due.
+
+        Raises:
+            FloatingPointError: the loss of some step since the last line is not finite.
+        """
+        self._sum = loss if self._sum is None else self._sum + loss
+        self._count += 1
+        if self.enabled:
+            self._bar.update()
+        if step % self.config.log_every and step != self.config.steps:
+            return
+        mean = float(accelerator.reduce(self._sum, "mean")) / self._count
+        now = time.monotonic()
+        speed = self._count * self.config.batch_size / (now - self._since)
+        if not mean < float("inf"):
+            raise FloatingPointError(
+                f"the loss is {mean} after step {step}; the newest checkpoint is from before "
+                "(a lower learning_rate, or bf16 instead of fp16, may help)"
+            )
+        self._write(
+            step,
+            {
+                "loss": mean,
+                "gradient_norm": float(norm),
+                "learning_rate": learning_rate,
+                "images_per_second": speed,
+            },
+        )
+        if self.enabled:
+            self._bar.set_postfix_str(f"loss {mean:.5f} bits/px, {speed:.1f} images/s")
+        self._sum, self._count, self._since = None, 0, now
+
+    def validation(
+        self, step: int, numbers: dict[str, float], preview: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    ) -> None:
+        """Note a validation, and draw its first slices where matplotlib is there."""
+        self._write(step, {f"validation_{k}": v for k, v in numbers.items()})
+        self.say(f"step {step}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
+        self._since = time.monotonic()  # the time that validation took is not training's
+        if preview is None:
+            return
+        try:
+            from berdiff_fast.imaging import figures
+
+            figures.require_matplotlib()
+        except ImportError:
+            return
+        images, raters, samples = (x[:4] for x in preview)
+        folder = self.output / "previews"
+        folder.mkdir(exist_ok=True)
+        figures.contact_sheet(
+            folder / f"step-{step:08d}.png",
+            images[:, 0].float(),
+            samples[:, :, 0],
+            raters=raters[:, :, 0],
+            title=f"Validation after step {step}",
+        )
+
+    def _write(self, step: int, numbers: dict[str, float]) -> None:
+        if not self.enabled:
+            return
+        with self._log.open("a") as file:
+            file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in numbers.items()}}) + "\n")
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name.replace("validation_", "validation/"), value, step)
