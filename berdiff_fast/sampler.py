@@ -31,6 +31,7 @@ def sample(
     steps: int | Sequence[int] = 10,
     *,
     method: str = "ddim",
+    leave_one_out: bool = False,
     spacing: str = "uniform",
     final: str = "threshold",
     seed: int | Sequence[int] | torch.Tensor | None = None,
@@ -57,6 +58,7 @@ def sample(
         n: masks per image.
         steps: how many timesteps to visit, or which ones.
         method: "ddim" (the published sampler), "ddpm" or "d3pm"; see ``NoiseSchedule.step_table``.
+        leave_one_out: shift the logit to its leave-one-out version; see there.
         spacing: "uniform", "quadratic" or "trailing"; see ``NoiseSchedule.subsequence``.
         final: the last step: "threshold" keeps what is more likely than not, as the published code does; "sample"
             draws it.
@@ -78,7 +80,20 @@ def sample(
         BackendUnavailableError: the backend asked for cannot run here.
     """
     plan = _Plan.build(
-        model, img, n, steps, method, spacing, final, seed, first_sample, max_batch, schedule, prediction, backend
+        model,
+        img,
+        n,
+        steps,
+        method,
+        leave_one_out,
+        spacing,
+        final,
+        seed,
+        first_sample,
+        max_batch,
+        schedule,
+        prediction,
+        backend,
     )
     with _evaluating(model), torch.no_grad(), _bar(plan, progress) as advance:
         return plan.run(model, return_probability, advance)
@@ -108,6 +123,7 @@ class _Plan:
         n: int,
         steps: int | Sequence[int],
         method: str,
+        leave_one_out: bool,
         spacing: str,
         final: str,
         seed: int | Sequence[int] | torch.Tensor | None,
@@ -132,7 +148,9 @@ class _Plan:
         if final not in FINALS:
             raise ValueError(f"final must be one of {list(FINALS)}, got {final!r}")
         taus = schedule.subsequence(steps, spacing)
-        table = schedule.step_table(taus, method)
+        if not isinstance(leave_one_out, bool):
+            raise TypeError(f"leave_one_out must be True or False, got {leave_one_out!r}")
+        table = schedule.step_table(taus, method, leave_one_out=leave_one_out)
         device, dtype = _device_and_dtype(model)
         img = _image(img, model, device, dtype)
         rows = img.shape[0] * n
