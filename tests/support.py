@@ -18,7 +18,7 @@ from torch import nn
 from berdiff_fast import NoiseSchedule
 from berdiff_fast.backends import select
 
-GOLDEN = Path(__file__).resolve().parents[1] / ".." / "shared" / "golden"
+SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 
 METHODS = ("ddim", "ddpm", "d3pm")
 PREDICTIONS = ("epsilon", "y_0")
@@ -39,12 +39,17 @@ FASTEST = "cpp" if select.can_run("cpp", "cpu") else "reference"
 ALPHA = 1e-6
 
 
+def shared(name: str) -> Path:
+    """A file or folder of ``shared/``; skips the test where it is not at hand."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"not here: shared/{name}")
+    return path
+
+
 def golden_path(name: str) -> Path:
     """A file of values of the published code; skips the test where they are not at hand."""
-    path = GOLDEN / name
-    if not path.exists():
-        pytest.skip(f"values of the published code are not here: shared/golden/{name}")
-    return path
+    return shared(f"golden/{name}")
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:

@@ -1,17 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a model's masks agree with the raters', slice by slice over a data set."""
+"""How well a model's masks agree with the raters', slice by slice, beside what simple predictors reach."""
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
+import json
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from tqdm.auto import tqdm
 
-from berdiff_fast import metrics, rng
+import berdiff_fast
+from berdiff_fast import checks, metrics, rng
 from berdiff_fast.data.hdf5 import RaterDataset
+from berdiff_fast.files import write_bytes, write_text
 from berdiff_fast.model import BerDiff
 from berdiff_fast.sampler import sample
+
+#: What is told of every slice; see ``metrics``.
+NUMBERS = (
+    "generalized_energy_distance",
+    "hm_iou",
+    "soft_dice",
+    "dice_majority",
+    "iou_majority",
+    "sample_diversity",
+    "expected_calibration_error",
+)
+#: Predictors that look at the raters: yardsticks, not models.
+YARDSTICKS = ("perfect", "majority", "empty")
+TABLES = ("csv", "parquet")
+
+_BOOTSTRAPS = 1000
+
+
+def choose(length: int, count: int | None, seed: int) -> list[int]:
+    """``count`` of ``length`` slices drawn by a seed, ascending; all of them by default."""
+    if count is None or count >= length:
+        return list(range(length))
+    checks.integer("slices", count, 1)
+    return sorted(np.random.default_rng(seed).choice(length, count, replace=False).tolist())
+
+
+def spread(length: int, count: int) -> list[int]:
+    """``count`` indices (or all) evenly spread over ``length``."""
+    count = min(length, count)
+    return [i * length // count for i in range(count)]
 
 
 def sample_slices(
@@ -30,6 +70,14 @@ def sample_slices(
 
     Slice i draws with the seed that ``image_seeds(seed, ...)`` gives i, whatever the selection. Processes take whole
     batches in turn, so the network sees the same batches however many there are.
+
+    Args:
+        model: with its own preprocessing.
+        slices, indices: which slices.
+        n, seed: as in ``sample``.
+        batch: slices per call of ``sample``.
+        process_index, num_processes: this process's share.
+        **options: of ``sample``.
     """
     device = next(model.network.parameters()).device
     for start in range(process_index * batch, len(indices), num_processes * batch):
@@ -41,18 +89,235 @@ def sample_slices(
         yield chosen, images, raters, samples.cpu()
 
 
-def spread(length: int, count: int) -> list[int]:
-    """``count`` indices (or all) evenly spread over ``length``."""
-    count = min(length, count)
-    return [i * length // count for i in range(count)]
+def measure(raters: torch.Tensor, samples: torch.Tensor, counts: Sequence[int] = ()) -> list[dict[str, float]]:
+    """One dict for each image: ``NUMBERS`` of all samples, and GED of the first ``counts`` of them as ``..._of_8``."""
+    n = samples.shape[1]
+    columns = dict(metrics.evaluate(raters, samples, NUMBERS))
+    fewer = metrics.evaluate_counts(raters, samples, [c for c in counts if c < n], ["generalized_energy_distance"])
+    columns |= {f"generalized_energy_distance_of_{c}": v["generalized_energy_distance"] for c, v in fewer.items()}
+    return [{k: float(v[i]) for k, v in columns.items()} for i in range(len(raters))]
 
 
 def summarize(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mean of every number over the slices."""
-    return {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]} if rows else {}
+    return {k: float(np.mean([row[k] for row in rows])) for k in rows[0]} if rows else {}
 
 
-def measure(raters: torch.Tensor, samples: torch.Tensor) -> list[dict[str, float]]:
-    """One dict of numbers for each image."""
-    ged = metrics.generalized_energy_distance(raters, samples)
-    return [{"ged": float(g)} for g in ged]
+def yardstick(name: str, raters: torch.Tensor, n: int, seeds: Sequence[int]) -> torch.Tensor:
+    """n masks (N, n, K, H, W) of a predictor that looks at the raters.
+
+    "perfect" draws from the raters, as an exact model of them would; "majority" repeats what at least half of them
+    marked; "empty" marks nothing.
+    """
+    if name == "perfect":
+        picks = [np.random.default_rng(s).integers(raters.shape[1], size=n) for s in seeds]
+        return torch.stack([r[torch.from_numpy(p)] for r, p in zip(raters, picks, strict=True)])
+    one = 2 * raters.sum(1, keepdim=True) >= raters.shape[1] if name == "majority" else torch.zeros_like(raters[:, :1])
+    return one.expand(-1, n, *one.shape[2:])
+
+
+def evaluate(
+    model: BerDiff,
+    slices: RaterDataset,
+    output: str | os.PathLike[str],
+    *,
+    count: int | None = None,
+    n: int = 16,
+    seed: int = 0,
+    counts: Sequence[int] = (4, 8),
+    batch: int = 8,
+    table: str = "csv",
+    save_masks: bool = False,
+    name: str = "",
+    progress: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Sample slices, compare with their raters, and write what came out.
+
+    The folder ``output`` gets ``slices.csv`` (or .parquet; a row for each slice), ``summary.json``, ``cases.png``
+    (best, median and worst slice, where matplotlib is there) and with ``save_masks`` ``masks.h5``. Under ``accelerate
+    launch`` the slices are shared out among the processes; masks and numbers are the same as of one process.
+
+    Args:
+        model, slices: what to evaluate on what.
+        output: the folder; made if it is not there.
+        count: how many slices, drawn by ``seed``; all by default.
+        n, seed: masks per slice and their seed.
+        counts: smaller numbers of samples for which GED is told as well.
+        batch: slices per call of ``sample``.
+        table: "csv" or "parquet".
+        save_masks: keep all masks.
+        name: of the model, for the record.
+        progress: show a progress bar.
+        **options: of ``sample``: steps, method, spacing, ...
+
+    Returns:
+        The summary: means over slices of the model and the yardsticks, with 95 % intervals by bootstrap over patients.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before any work.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    checks.integer("n", n, 1)
+    checks.integer("batch", batch, 1)
+    if table not in TABLES:
+        raise ValueError(f"table must be one of {list(TABLES)}, got {table!r}")
+    if table == "parquet":
+        import pyarrow  # noqa: F401  before any work
+    for attribute in ("img_channels", "mask_channels"):
+        theirs, ours = getattr(slices, attribute), getattr(model, attribute)
+        if ours is not None and theirs != ours:
+            raise ValueError(f"{slices.path}: the model works on {ours} {attribute}, and the file has {theirs}")
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    state = PartialState()
+    chosen = choose(len(slices), count, seed)
+
+    rows: list[dict[str, Any]] = []
+    kept: list[tuple[int, np.ndarray]] = []
+    bins: dict[str, np.ndarray] = {}
+    with tqdm(
+        total=len(chosen), unit="slice", desc="evaluating", disable=not (progress and state.is_main_process)
+    ) as bar:
+        for indices, _, raters, samples in sample_slices(
+            model,
+            slices,
+            chosen,
+            n=n,
+            seed=seed,
+            batch=batch,
+            process_index=state.process_index,
+            num_processes=state.num_processes,
+            **options,
+        ):
+            predictors = {"model": samples}
+            predictors |= {y: yardstick(y, raters, n, [rng.splitmix64(seed, i) for i in indices]) for y in YARDSTICKS}
+            measured = {p: measure(raters, m, counts) for p, m in predictors.items()}
+            for k, index in enumerate(indices):
+                rows.append({**slices.describe(index), **{p: numbers[k] for p, numbers in measured.items()}})
+                kept.append((index, np.packbits(samples[k].numpy(), axis=-1)))
+            for p, m in predictors.items():
+                bins[p] = bins.get(p, 0) + metrics.calibration_bins(raters, m).sum(0).cpu().numpy()
+            bar.update(min(len(indices) * state.num_processes, bar.total - bar.n))
+    # Summed in the order of the slices, so that the share-out leaves no trace.
+    rows = sorted(gather_object(rows), key=lambda row: row["index"])
+    kept = sorted(gather_object(kept), key=lambda pair: pair[0])
+    all_bins = gather_object([bins])
+    if not state.is_main_process:
+        return {}
+    predictors_seen = ("model", *YARDSTICKS)
+    pooled = {p: np.sum([b[p] for b in all_bins if p in b], axis=0) for p in predictors_seen}
+    groups = np.array([row.get("patient_id", row["index"]) for row in rows])
+    summary: dict[str, Any] = {
+        "model": {"name": name, "sha256": _fingerprint(model)},
+        "data": {"file": slices.path.name, "slices": len(rows), "of": len(slices), "patients": len(np.unique(groups))},
+        "sampling": {"n": n, "seed": seed, "batch": batch, **options},
+        "versions": {
+            "berdiff_fast": berdiff_fast.__version__,
+            "torch": torch.__version__,
+            "draw_contract": rng.DRAW_CONTRACT,
+        },
+        "indices": [row["index"] for row in rows],
+    }
+    for p in predictors_seen:
+        numbers = [row[p] for row in rows]
+        summary[p] = summarize(numbers)
+        summary[p]["expected_calibration_error_pooled"] = float(metrics.calibration_error(torch.from_numpy(pooled[p])))
+        summary[p]["interval_95"] = {k: _interval([r[k] for r in numbers], groups) for k in NUMBERS[:3]}
+    _write_table(output, table, rows)
+    if save_masks:
+        _write_masks(output / "masks.h5", kept, slices)
+    write_text(output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    _draw_cases(output / "cases.png", slices, rows, dict(kept))
+    return summary
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """The table that people read."""
+    heads = ("GED", "HM-IoU", "soft Dice", "Dice", "IoU", "diversity")
+    data = summary["data"]
+    lines = [
+        f"{data['slices']} of {data['of']} slices of {data['patients']} patients, n = {summary['sampling']['n']}",
+        f"{'':24s}" + "".join(f"{h:>11s}" for h in heads),
+    ]
+    for p, title in (("model", "model"), *((y, f"yardstick: {y}") for y in YARDSTICKS)):
+        lines.append(f"{title:24s}" + "".join(f"{summary[p][k]:11.3f}" for k in NUMBERS[:6]))
+    low, high = summary["model"]["interval_95"]["generalized_energy_distance"]
+    lines.append(f"GED of the model: 95 % interval {low:.3f} to {high:.3f} (bootstrap over patients)")
+    fewer = {k.rpartition("_")[2]: v for k, v in summary["model"].items() if "_of_" in k}
+    if fewer:
+        lines.append("GED with fewer samples: " + ", ".join(f"{v:.3f} with {c}" for c, v in fewer.items()))
+    return "\n".join(lines)
+
+
+def _fingerprint(model: BerDiff) -> str:
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.network.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _interval(values: Sequence[float], groups: np.ndarray) -> tuple[float, float]:
+    """Percentiles of the mean when patients, not slices, are drawn anew: slices of one nodule resemble each other."""
+    _, patient = np.unique(groups, return_inverse=True)
+    total, size = np.bincount(patient, values), np.bincount(patient)
+    picks = np.random.default_rng(0).integers(len(total), size=(_BOOTSTRAPS, len(total)))
+    low, high = np.percentile(total[picks].sum(1) / size[picks].sum(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _write_table(output: Path, table: str, rows: Sequence[dict[str, Any]]) -> None:
+    flat = [
+        {k: v for k, v in row.items() if not isinstance(v, dict)}
+        | {f"{p}_{k}" if p != "model" else k: v for p in ("model", *YARDSTICKS) for k, v in row[p].items()}
+        for row in rows
+    ]
+    if table == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        data = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(flat), data)
+        write_bytes(output / "slices.parquet", data.getvalue())
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in flat)
+    write_text(output / "slices.csv", text.getvalue())
+
+
+def _write_masks(path: Path, kept: Sequence[tuple[int, np.ndarray]], slices: RaterDataset) -> None:
+    import h5py
+
+    data = io.BytesIO()
+    masks = np.stack([np.unpackbits(packed, axis=-1, count=slices.image_size[1]) for _, packed in kept])
+    with h5py.File(data, "w") as file:
+        file.create_dataset("mask", data=masks, compression="gzip", chunks=(1, *masks.shape[1:]))
+        file["index"] = np.array([index for index, _ in kept])
+    write_bytes(path, data.getvalue())
+
+
+def _draw_cases(path: Path, slices: RaterDataset, rows: Sequence[dict[str, Any]], kept: dict[int, np.ndarray]) -> None:
+    try:
+        from berdiff_fast.imaging import figures
+
+        figures.require_matplotlib()
+    except ImportError:
+        return
+    ordered = sorted(rows, key=lambda row: row["model"]["generalized_energy_distance"])
+    cases = {"best": ordered[0], "median": ordered[len(ordered) // 2], "worst": ordered[-1]}
+    images, raters = slices.batch([row["index"] for row in cases.values()])
+    width = slices.image_size[1]
+    packed = np.stack([kept[row["index"]] for row in cases.values()])
+    samples = torch.from_numpy(np.unpackbits(packed, axis=-1, count=width).astype(bool))
+    labels = [
+        f"{case}: slice {row['index']}, GED {row['model']['generalized_energy_distance']:.3f}"
+        for case, row in cases.items()
+    ]
+    figures.contact_sheet(
+        path, images[:, 0].float(), samples[:, :, 0], raters=raters[:, :, 0], labels=labels, title="Best, median, worst"
+    )

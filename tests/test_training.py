@@ -1,0 +1,463 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer: what a run does, that stopping it changes nothing, and what it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import berdiff_fast as bf
+from berdiff_fast import cli
+from berdiff_fast.data import phantom
+from berdiff_fast.training import checkpoints
+from berdiff_fast.training.config import TrainConfig, add_arguments, bundled_configs, from_arguments, read_yaml
+
+pytest.importorskip("accelerate", reason="the trainer needs accelerate")
+from berdiff_fast.training import loop  # noqa: E402
+
+#: A network of two residual blocks on 8 x 8 patches: some milliseconds a step.
+TINY = dict(
+    channel_mult=[1],
+    patch_size=4,
+    attention_resolutions=[],
+    batch_size=4,
+    warmup=5,
+    log_every=10,
+    tensorboard=False,
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("phantoms")
+    paths = {}
+    for name, first, count in (("train_data", 0, 24), ("val_data", 100, 8)):
+        p = phantom.generate(count, 32, seed=1, first=first)
+        paths[name] = str(folder / f"{name}.h5")
+        with h5py.File(paths[name], "w") as file:
+            file["image"] = ((p.images[:, 0] + 1) * 127.5).round().to(torch.uint8).numpy()
+            file["mask"] = p.raters[:, :, 0].to(torch.uint8).numpy()
+            file["patient_id"] = np.arange(first, first + count)
+    return paths
+
+
+def config(data, output, **changes) -> TrainConfig:
+    return TrainConfig(train_data=data["train_data"], output=str(output), **{**TINY, "steps": 20, **changes})
+
+
+def arguments(config: TrainConfig) -> list[str]:
+    """The command line of a run."""
+    words = ["train"]
+    for name, value in config.to_dict().items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            words += [option, *map(str, value)]
+        elif value != "":
+            words += [option, str(value)]
+    return words
+
+
+#: One thread: with several, sums in convolutions may differ from run to run.
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+def start(words: list[str], **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "berdiff_fast.cli", *words]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(output / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---------------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    """60 steps with validation, in this process."""
+    output = tmp_path_factory.mktemp("run")
+    loop.train(
+        config(
+            data,
+            output,
+            steps=60,
+            checkpoint_every=20,
+            validate_every=30,
+            val_data=data["val_data"],
+            validation_slices=4,
+            validation_samples=3,
+            validation_steps=4,
+            tensorboard=True,
+        )
+    )
+    return output
+
+
+def test_a_run_leaves_what_it_promises(run):
+    assert {p.name for p in run.iterdir()} >= {"model.safetensors", "best.safetensors", "config.yaml", "log.jsonl"}
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "step-00000040.safetensors",
+        "step-00000060.safetensors",
+    ]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [10, 20, 30, 40, 50, 60]
+    seen = [line for line in lines if "validation_generalized_energy_distance" in line]
+    assert [line["step"] for line in seen] == [30, 60]
+    assert all(0 <= line["validation_hm_iou"] <= 1 for line in seen)
+    model = bf.load(run / "model.safetensors")
+    assert model.preprocessing is not None and model.network.patch_size == 4
+    img = model.preprocess(np.zeros((32, 32), np.uint8))
+    assert bf.sample(model, img, n=2, steps=2, seed=0).shape == (1, 2, 1, 32, 32)
+
+
+def test_previews_and_tensorboard(run):
+    pytest.importorskip("matplotlib")
+    assert sorted(p.name for p in (run / "previews").iterdir()) == ["step-00000030.png", "step-00000060.png"]
+    pytest.importorskip("tensorboard")
+    assert list((run / "tensorboard").glob("events*"))
+
+
+def test_the_loss_falls(run):
+    losses = [json.loads(line).get("loss") for line in (run / "log.jsonl").read_text().splitlines()]
+    losses = [x for x in losses if x is not None]
+    assert losses[0] < 1.5 and losses[-1] < 0.7 * losses[0]
+
+
+def test_the_saved_config_is_the_run(run, data):
+    again = TrainConfig.from_dict(read_yaml(run / "config.yaml"))
+    assert again.steps == 60 and again.train_data == data["train_data"] and again.channel_mult == [1]
+
+
+def test_a_finished_run_has_nothing_left_to_do(run, data):
+    before = (run / "model.safetensors").read_bytes()
+    loop.train(TrainConfig.from_dict(read_yaml(run / "config.yaml")))
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prediction": "y_0"},
+        {"leave_one_out": True},
+        {"accumulation": 2},
+        {"decay": "constant", "clip": 0.0},
+        {"as_released": True, "kl_weight": 0.0},
+        {"dropout": 0.2, "use_scale_shift_norm": True},
+        {"precision": "bf16", "channels_last": True},
+        {"workers": 1, "in_memory": False},
+        {"rotate": 20.0, "scale": 0.2, "input_scale": 0.5},
+        {"window": [0.0, 200.0], "schedule": "linear"},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_every_option_trains(data, tmp_path, changes):
+    loop.train(config(data, tmp_path, steps=4, log_every=2, **changes))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(0 < line["loss"] < 5 for line in lines)
+    assert bf.load(tmp_path / "model.safetensors").prediction == changes.get("prediction", "epsilon")
+
+
+def test_accumulation_is_one_larger_batch(data, tmp_path):
+    for accumulation in (1, 2):
+        loop.train(config(data, tmp_path / str(accumulation), steps=10, accumulation=accumulation))
+    a, b = weights(tmp_path / "1"), weights(tmp_path / "2")
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
+
+
+def test_the_rate(data, tmp_path):
+    c = config(data, tmp_path, steps=100, warmup=10, learning_rate=1.0)
+    assert c.learning_rate_at(0) == 0.1 and c.learning_rate_at(9) == c.learning_rate_at(10) == 1.0
+    assert c.learning_rate_at(55) == pytest.approx(0.5) and c.learning_rate_at(99) < 1e-3
+    assert config(data, tmp_path, decay="constant", learning_rate=1.0).learning_rate_at(19) == 1.0
+
+
+# ---------------------------------------------------------------------- stopping and going on
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory) -> Path:
+    """200 steps at one go; dropout, so that the generator's state matters too."""
+    output = tmp_path_factory.mktemp("uninterrupted")
+    process = start(arguments(resumable(data, output)))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output
+
+
+def resumable(data, output) -> TrainConfig:
+    return config(data, output, steps=200, checkpoint_every=100, dropout=0.1, flip=True)
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def logged_step(output: Path) -> int:
+    log = output / "log.jsonl"
+    lines = log.read_text().splitlines() if log.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def test_killed_in_a_later_step(data, tmp_path, uninterrupted):
+    words = arguments(resumable(data, tmp_path))
+    process = start(words)
+    wait_for(lambda: logged_step(tmp_path) >= 120, process)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "model.safetensors").exists()
+    process = start(words)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert_same_weights(tmp_path, uninterrupted)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(10, 201, 10))  # nothing twice
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from berdiff_fast import cli
+replace, calls = os.replace, []
+def kill(source, target):
+    if "step-00000200" in str(target):
+        data = open(source, "rb").read()
+        open(source, "wb").write(data[: len(data) // 2])  # as it is in the middle of the write
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = kill
+cli.main(sys.argv[1:])
+"""
+
+
+def test_killed_while_a_checkpoint_is_written(data, tmp_path, uninterrupted):
+    words = arguments(resumable(data, tmp_path))
+    script = tmp_path / "kill.py"
+    script.write_text(KILLED_WHILE_WRITING)
+    killed = subprocess.run([sys.executable, str(script), *words], env=ENVIRONMENT, capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    folder = tmp_path / "checkpoints"
+    assert [p.name for p in folder.glob("step-*")] == ["step-00000100.safetensors"] and list(folder.glob(".step-*"))
+    process = start(words)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert_same_weights(tmp_path, uninterrupted)
+    assert not list(folder.glob(".step-*"))
+
+
+def test_sigterm_saves_and_exits(data, tmp_path, uninterrupted):
+    words = arguments(resumable(data, tmp_path))
+    process = start(words)
+    wait_for(lambda: logged_step(tmp_path) >= 20, process)
+    process.terminate()
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    (saved,) = (tmp_path / "checkpoints").glob("step-*")
+    step = int(saved.stem.removeprefix("step-"))
+    assert 20 <= step < 200 and f"stopped after step {step} of 200" in errors and str(saved) in out
+    process = start(words)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert_same_weights(tmp_path, uninterrupted)
+
+
+def test_a_truncated_checkpoint_falls_back(data, tmp_path, caplog):
+    loop.train(config(data, tmp_path, checkpoint_every=10))
+    whole = weights(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    newest = tmp_path / "checkpoints" / "step-00000020.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    with caplog.at_level(logging.WARNING, "berdiff_fast"):
+        loop.train(config(data, tmp_path, checkpoint_every=10))
+    assert "step-00000020.safetensors cannot be read (truncated or damaged?), taking the one before it" in caplog.text
+    again = weights(tmp_path)
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path):
+    first = config(data, tmp_path, steps=10, decay="constant")
+    loop.train(first)
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    before, size = kept.read_bytes(), kept.stat().st_size
+    # A limit on file sizes stands in for the disk; it hits while the file is written.
+    process = start(
+        arguments(dataclasses.replace(first, steps=20)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)),
+    )
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "checkpoint" in errors and "Traceback" not in errors
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [kept.name] and kept.read_bytes() == before
+
+
+def test_two_processes_train_what_one_does(data, tmp_path):
+    def run(processes: int) -> Path:
+        output = tmp_path / str(processes)
+        words = arguments(config(data, output, steps=30, val_data=data["val_data"], validation_slices=4))
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        command = [*launcher, "--master-port", "0", "-m", "berdiff_fast.cli", *words, "--validation-samples", "2"]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return output
+
+    one, two = run(1), run(2)
+    a, b = weights(one), weights(two)
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
+
+    def losses(output):
+        return [json.loads(line).get("loss", 0) for line in (output / "log.jsonl").read_text().splitlines()]
+
+    assert losses(one) == pytest.approx(losses(two), abs=1e-5) and len(losses(one)) == 4
+
+
+# ---------------------------------------------------------------------- the config
+
+
+def test_command_line_over_yaml_over_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("learning_rate: 1e-4\nsteps: 7\nchannel_mult: [1, 2]\nflip: false\n")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    made = from_arguments(parser.parse_args(["--config", str(file), "--steps", "9", "--attention-resolutions", "2"]))
+    assert (made.learning_rate, made.steps, made.channel_mult, made.flip) == (1e-4, 9, [1, 2], False)
+    assert made.attention_resolutions == [2] and made.batch_size == TrainConfig().batch_size
+    file.write_text(made.to_yaml())
+    assert TrainConfig.from_dict(read_yaml(file)) == made
+
+
+@pytest.mark.parametrize("name", bundled_configs())
+def test_bundled_configs(name):
+    TrainConfig.from_dict(read_yaml(name))
+
+
+BAD_CONFIGS = {
+    "learning_rte": ({"learning_rte": 1}, "unknown key 'learning_rte' in the training config; did you mean 'learning_rate'"),
+    "nonsense": ({"zzz": 1}, "unknown key 'zzz' in the training config; known are train_data"),
+    "steps": ({"steps": 0}, "steps must be at least 1, got 0"),
+    "float steps": ({"steps": 1.5}, "steps must be an int, got float"),
+    "text": ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+    "nan": ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
+    "negative": ({"weight_decay": -1}, "weight_decay must be a finite number of at least 0"),
+    "bool": ({"flip": "yes"}, "flip must be true or false, got 'yes'"),
+    "list": ({"channel_mult": 2}, "channel_mult must be a list, got 2"),
+    "list of text": ({"channel_mult": ["a"]}, "channel_mult must be an int, got str"),
+    "string": ({"schedule": 3}, "schedule must be a string, got 3"),
+    "decay": ({"decay": "linear"}, "decay must be one of"),
+    "precision": ({"precision": "fp8"}, "precision must be one of"),
+    "method": ({"validation_method": "euler"}, "validation_method must be one of"),
+    "ema": ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
+    "weights": ({"kl_weight": 0, "bce_weight": 0}, "must not both be 0"),
+    "accumulation": ({"batch_size": 10, "accumulation": 4}, "batch_size must be a multiple of accumulation"),
+    "window": ({"window": [3.0]}, "window must be LOW HIGH"),
+    "empty window": ({"window": [3.0, 3.0]}, "window must be"),
+    "schedule": ({"schedule": "sigmoid"}, "must be one of"),
+    "prediction": ({"prediction": "v"}, "prediction must be"),
+    "channels": ({"model_channels": 30}, "model_channels must be a multiple of 32"),
+    "spacing": ({"validation_steps": 7}, "spacing 'uniform' cannot visit exactly 7"),
+    "too many steps": ({"validation_steps": 2000}, "steps must be at most"),
+    "input_scale": ({"input_scale": 0}, "input_scale must be"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_configs(case):
+    values, message = BAD_CONFIGS[case]
+    with pytest.raises((ValueError, TypeError), match=message):
+        TrainConfig.from_dict(values)
+
+
+def test_bad_config_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file 'nowhere.yaml', and no bundled config"):
+        read_yaml("nowhere.yaml")
+    file = tmp_path / "c.yaml"
+    file.write_text("a: [1")
+    with pytest.raises(ValueError, match=r"c\.yaml is not YAML"):
+        read_yaml(file)
+    file.write_text("- 1\n- 2\n")
+    with pytest.raises(ValueError, match="must hold keys and values, got a list"):
+        read_yaml(file)
+
+
+# ---------------------------------------------------------------------- runs that cannot be
+
+
+BAD_RUNS = {
+    "no output": (dict(output=""), "output must be given"),
+    "no data": (dict(train_data=""), "train_data must be given"),
+    "missing data": (dict(train_data="nowhere.h5"), "no file 'nowhere.h5'"),
+    "size": (dict(channel_mult=[1, 1, 1, 1, 1, 1], attention_resolutions=[]), "sides divisible by 128"),
+    "same patients": (dict(val_data="train"), "24 patients are in both"),
+    "precision": (dict(precision="fp16"), "precision"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RUNS)
+def test_bad_runs(data, tmp_path, case):
+    changes, message = BAD_RUNS[case]
+    if changes.get("val_data") == "train":
+        changes = {"val_data": data["train_data"]}
+    values = {**config(data, tmp_path / "out").to_dict(), **changes}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        loop.train(TrainConfig.from_dict(values))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_run(data, tmp_path):
+    loop.train(config(data, tmp_path, steps=4))
+    message = r"belongs to another config \(channel_mult was \[1\] and is \[2\]; learning_rate was 0.002 and is 0.001\)"
+    with pytest.raises(ValueError, match=message):
+        loop.train(config(data, tmp_path, steps=4, channel_mult=[2], learning_rate=1e-3))
+    # The same config, and yet another architecture: data with another number of channels.
+    found = checkpoints.newest(tmp_path / "checkpoints")
+    assert found is not None
+    model = config(data, tmp_path).build_model(mask_channels=2, img_channels=1)
+    with pytest.raises(ValueError, match="is of another architecture"):
+        checkpoints.restore(
+            found, config(data, tmp_path, steps=4), model.network, model.network, torch.optim.SGD([torch.zeros(1)])
+        )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
+    real = bf.ops.diffusion_loss
+    monkeypatch.setattr(loop.ops, "diffusion_loss", lambda *a, **k: real(*a, **k) * float("nan"))
+    with pytest.raises(FloatingPointError, match="the loss is nan after step 10"):
+        loop.train(config(data, tmp_path))
+
+
+def test_errors_are_one_line(data, tmp_path, capsys):
+    assert cli.main(["train", "--train-data", "nowhere.h5", "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "berdiff-fast train: path: there is no file 'nowhere.h5'\n"
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--steps", "many"])
