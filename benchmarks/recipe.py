@@ -25,7 +25,15 @@ from berdiff_fast.training import evaluate, loop
 from berdiff_fast.training.config import TrainConfig
 
 #: The budget that all share: a quarter of the resolution inside the network, so that a run takes minutes on one core.
-BUDGET = dict(patch_size=4, channel_mult=[1, 1, 2], attention_resolutions=[4], warmup=50, ema_decay=0.99)
+BUDGET = dict(
+    patch_size=4,
+    channel_mult=[1, 1, 2],
+    attention_resolutions=[4],
+    norm_groups=8,
+    use_scale_shift_norm=True,
+    warmup=50,
+    ema_decay=0.99,
+)
 
 VARIANTS: dict[str, dict] = {
     "paper": {},

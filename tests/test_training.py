@@ -28,12 +28,13 @@ from berdiff_fast.training import checkpoints
 from berdiff_fast.training.config import TrainConfig, add_arguments, bundled_configs, from_arguments, read_yaml
 
 pytest.importorskip("accelerate", reason="the trainer needs accelerate")
-from berdiff_fast.training import loop  # noqa: E402
+from berdiff_fast.training import loop
 
 #: A network of two residual blocks on 8 x 8 patches: some milliseconds a step.
 TINY = dict(
     channel_mult=[1],
     patch_size=4,
+    norm_groups=8,
     attention_resolutions=[],
     batch_size=4,
     warmup=5,
@@ -73,6 +74,14 @@ def arguments(config: TrainConfig) -> list[str]:
         elif value != "":
             words += [option, str(value)]
     return words
+
+
+@pytest.fixture(autouse=True)
+def _new_accelerator():
+    """Accelerate keeps one state per process; runs of other precision need another."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 #: One thread: with several, sums in convolutions may differ from run to run.
@@ -363,7 +372,10 @@ def test_bundled_configs(name):
 
 
 BAD_CONFIGS = {
-    "learning_rte": ({"learning_rte": 1}, "unknown key 'learning_rte' in the training config; did you mean 'learning_rate'"),
+    "learning_rte": (
+        {"learning_rte": 1},
+        "unknown key 'learning_rte' in the training config; did you mean 'learning_rate'",
+    ),
     "nonsense": ({"zzz": 1}, "unknown key 'zzz' in the training config; known are train_data"),
     "steps": ({"steps": 0}, "steps must be at least 1, got 0"),
     "float steps": ({"steps": 1.5}, "steps must be an int, got float"),

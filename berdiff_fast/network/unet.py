@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-_NORM_GROUPS = 32
-
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10000.0) -> torch.Tensor:
     """Sinusoidal embedding: ``dim / 2`` cosines, then as many sines, of geometrically falling frequency.
@@ -38,10 +36,10 @@ def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10
 
 
 class Float32GroupNorm(nn.GroupNorm):
-    """GroupNorm over 32 groups, computed in (at least) float32 and returned in the dtype of its input."""
+    """GroupNorm, computed in (at least) float32 and returned in the dtype of its input."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(_NORM_GROUPS, channels)
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__(groups, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -100,14 +98,16 @@ class ResBlock(nn.Module):
     of the second normalisation.
     """
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, dims: int, scale_shift: bool) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, embedding: int, dropout: float, dims: int, scale_shift: bool, groups: int
+    ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.in_layers = nn.Sequential(Float32GroupNorm(inputs), nn.SiLU(), _conv(dims, inputs, outputs))
+        self.in_layers = nn.Sequential(Float32GroupNorm(inputs, groups), nn.SiLU(), _conv(dims, inputs, outputs))
         conditions = 2 * outputs if scale_shift else outputs
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, conditions))
         self.out_layers = nn.Sequential(
-            Float32GroupNorm(outputs), nn.SiLU(), nn.Dropout(dropout), _zeroed(_conv(dims, outputs, outputs))
+            Float32GroupNorm(outputs, groups), nn.SiLU(), nn.Dropout(dropout), _zeroed(_conv(dims, outputs, outputs))
         )
         self.skip_connection = nn.Identity() if inputs == outputs else _conv(dims, inputs, outputs, size=1)
 
@@ -127,10 +127,10 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Residual self-attention over all positions."""
 
-    def __init__(self, channels: int, heads: int) -> None:
+    def __init__(self, channels: int, heads: int, groups: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = Float32GroupNorm(channels)
+        self.norm = Float32GroupNorm(channels, groups)
         self.qkv = _conv(1, channels, 3 * channels, size=1)
         self.proj_out = _zeroed(_conv(1, channels, channels, size=1))
 
@@ -164,7 +164,7 @@ class UNet(nn.Module):
     Args:
         in_channels: mask channels K.
         img_channels: image channels C.
-        model_channels: width of the first level, a multiple of 32.
+        model_channels: width of the first level, a multiple of ``norm_groups``.
         out_channels: logit channels; ``None`` or K.
         num_res_blocks: residual blocks per level on the way down (one more on the way up).
         attention_resolutions: downsampling factors (1, 2, 4, ...) at which there is attention. The middle
@@ -176,6 +176,9 @@ class UNet(nn.Module):
         num_heads: attention heads.
         num_heads_upsample: heads on the way up; -1 means ``num_heads``.
         use_scale_shift_norm: the timestep scales and shifts instead of being added.
+        norm_groups: groups of every GroupNorm; 32 in the published model. Where a group is one channel, normalising
+            takes away what the timestep added to it: a narrow network wants fewer groups, or
+            ``use_scale_shift_norm``.
         patch_size: p > 1 makes p x p pixels of every channel into p^2 channels on the way in and back on the way out
             (sub-pixel shuffle, arXiv 1609.05158; DiT's word for it), which costs p^2 times less. Not in the published
             model, where it is 1.
@@ -206,6 +209,7 @@ class UNet(nn.Module):
         num_heads: int = 1,
         num_heads_upsample: int = -1,
         use_scale_shift_norm: bool = False,
+        norm_groups: int = 32,
         patch_size: int = 1,
     ) -> None:
         super().__init__()
@@ -223,6 +227,7 @@ class UNet(nn.Module):
             num_heads=num_heads,
             num_heads_upsample=num_heads_upsample,
             use_scale_shift_norm=use_scale_shift_norm,
+            norm_groups=norm_groups,
             patch_size=patch_size,
         )
         _check_config(self.config)
@@ -238,10 +243,10 @@ class UNet(nn.Module):
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
 
         def residual(inputs: int, outputs: int) -> ResBlock:
-            return ResBlock(inputs, outputs, embedding, dropout, dims, use_scale_shift_norm)
+            return ResBlock(inputs, outputs, embedding, dropout, dims, use_scale_shift_norm, norm_groups)
 
         def attention(level: int, heads: int) -> list[AttentionBlock]:
-            return [AttentionBlock(widths[level], heads)] if 2**level in attention_resolutions else []
+            return [AttentionBlock(widths[level], heads, norm_groups)] if 2**level in attention_resolutions else []
 
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
@@ -263,7 +268,7 @@ class UNet(nn.Module):
                 skips.append(channels)
 
         self.middle_block = EmbeddingSequential(
-            residual(channels, channels), AttentionBlock(channels, num_heads), residual(channels, channels)
+            residual(channels, channels), AttentionBlock(channels, num_heads, norm_groups), residual(channels, channels)
         )
 
         self.output_blocks = nn.ModuleList()
@@ -277,7 +282,7 @@ class UNet(nn.Module):
 
         # The published code has model_channels here, and so requires channel_mult[0] = 1; this does not.
         last = _conv(dims, channels, in_channels * pixels)
-        self.out = nn.Sequential(Float32GroupNorm(channels), nn.SiLU(), _zeroed(last))
+        self.out = nn.Sequential(Float32GroupNorm(channels, norm_groups), nn.SiLU(), _zeroed(last))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -348,7 +353,15 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_config(config: dict[str, Any]) -> None:
-    for name in ("in_channels", "img_channels", "model_channels", "num_res_blocks", "num_heads", "patch_size"):
+    for name in (
+        "in_channels",
+        "img_channels",
+        "model_channels",
+        "num_res_blocks",
+        "num_heads",
+        "norm_groups",
+        "patch_size",
+    ):
         if not _is_count(config[name]):
             raise ValueError(f"{name} must be a positive int, got {config[name]!r}")
     for name in ("channel_mult", "attention_resolutions"):
@@ -374,9 +387,9 @@ def _check_config(config: dict[str, Any]) -> None:
     if not 0 <= config["dropout"] <= 1:
         raise ValueError(f"dropout must lie in [0, 1], got {config['dropout']!r}")
     # All other widths are sums of multiples of this one.
-    if config["model_channels"] % _NORM_GROUPS:
+    if config["model_channels"] % config["norm_groups"]:
         raise ValueError(
-            f"model_channels must be a multiple of {_NORM_GROUPS}, the groups of GroupNorm, "
+            f"model_channels must be a multiple of {config['norm_groups']}, the groups of GroupNorm, "
             f"got {config['model_channels']}"
         )
 

@@ -66,7 +66,10 @@ def save(
     )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.safetensors"
-    write_bytes(path, data)
+    try:
+        write_bytes(path, data)
+    except OSError as error:
+        raise OSError(f"checkpoint {path} cannot be written ({error}); those before it are as they were") from error
     for old in _files(folder)[config.keep :]:
         old.unlink(missing_ok=True)
     return path

@@ -45,13 +45,14 @@ class TrainConfig:
     workers: int = _option(0, "processes that prepare batches; 0: the training process itself")
 
     # Network (the published U-Net)
-    model_channels: int = _option(32, "width of the first level, a multiple of 32")
+    model_channels: int = _option(32, "width of the first level, a multiple of norm_groups")
     channel_mult: list[int] = _option([1, 1, 2, 3], "width of each level in units of model_channels")
     num_res_blocks: int = _option(1, "residual blocks per level")
     attention_resolutions: list[int] = _option([8], "downsampling factors at which there is attention")
     num_heads: int = _option(2, "attention heads")
     dropout: float = _option(0.0, "dropout probability")
     use_scale_shift_norm: bool = _option(False, "the timestep scales and shifts instead of being added")
+    norm_groups: int = _option(32, "groups of GroupNorm; fewer in a narrow network")
     patch_size: int = _option(1, "p x p pixels become channels on the way in: p^2 times cheaper")
 
     # Diffusion
@@ -158,6 +159,7 @@ class TrainConfig:
                 num_heads=self.num_heads,
                 dropout=self.dropout,
                 use_scale_shift_norm=self.use_scale_shift_norm,
+                norm_groups=self.norm_groups,
                 patch_size=self.patch_size,
             )
         window = (self.window[0], self.window[1]) if self.window else None
