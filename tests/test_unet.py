@@ -130,7 +130,7 @@ def test_group_norm_computes_in_float32_or_wider(name, monkeypatch):
 
     monkeypatch.setattr(F, "group_norm", spy)
     x = (torch.randn(2, 64, 8, 8) + 20).to(dtype)
-    y = Float32GroupNorm(64).to(dtype)(x)
+    y = Float32GroupNorm(64, 32).to(dtype)(x)
     assert y.dtype == dtype and set(computed_in) == {torch.promote_types(dtype, torch.float32)}
     groups = x.double().reshape(2, 32, -1)
     variance = groups.var(2, correction=0, keepdim=True)
@@ -584,6 +584,36 @@ def test_files_which_are_no_checkpoints(tmp_path):
     path.write_text("not a checkpoint")
     with pytest.raises(ValueError, match=re.escape(f"checkpoint {path} is damaged, or is no checkpoint")):
         read_state_dict(path)
+
+
+def test_patches_are_the_published_network_on_shuffled_pixels():
+    torch.manual_seed(0)
+    whole = UNet(**{**SMALL, "patch_size": 2})
+    inner = UNet(**{**SMALL, "in_channels": 4, "img_channels": 4 * SMALL.get("img_channels", 1)})
+    torch.nn.init.normal_(whole.out[2].weight)
+    inner.load_state_dict(whole.state_dict())
+    y, img, t = torch.rand(2, 1, 32, 32).round(), torch.randn(2, 1, 32, 32), torch.tensor([3, 700])
+    logits = inner(
+        *(torch.nn.functional.pixel_unshuffle(x, 2) for x in (y,)), t, torch.nn.functional.pixel_unshuffle(img, 2)
+    )
+    assert torch.equal(whole(y, t, img), torch.nn.functional.pixel_shuffle(logits, 2))
+    assert whole.downsampling == 2 * inner.downsampling
+    with pytest.raises(ValueError, match="divisible by"):
+        whole(y[..., :-2], t, img[..., :-2])
+
+
+def test_groups_of_one_channel_lose_an_added_timestep():
+    def change(**options) -> float:
+        torch.manual_seed(0)
+        network = UNet(model_channels=32, channel_mult=(1,), attention_resolutions=(), **options)
+        for p in network.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+        y, img = torch.rand(1, 1, 16, 16).round(), torch.randn(1, 1, 16, 16)
+        early, late = (network(y, torch.tensor([t]), img) for t in (5, 900))
+        return float((early - late).abs().max() / early.std())
+
+    assert change() < 1e-4
+    assert change(norm_groups=8) > 0.1 and change(use_scale_shift_norm=True) > 0.1
 
 
 @pytest.mark.parametrize(
