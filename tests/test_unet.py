@@ -142,7 +142,7 @@ def test_group_norm_computes_in_float32_or_wider(name, monkeypatch):
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_attention_heads(heads):
-    block = randomised(AttentionBlock(64, heads))
+    block = randomised(AttentionBlock(64, heads, groups=32))
     x = torch.randn(2, 64, 3, 5)
     qkv = block.qkv(F.group_norm(x.flatten(2), 32, block.norm.weight, block.norm.bias))
     size, mixed = 64 // heads, []
@@ -157,7 +157,7 @@ def test_attention_heads(heads):
 @pytest.mark.parametrize("scale_shift", [False, True])
 @pytest.mark.parametrize("widths", [(32, 64), (64, 64)])
 def test_residual_block(widths, scale_shift):
-    block = randomised(ResBlock(*widths, 128, dropout=0.5, dims=2, scale_shift=scale_shift))
+    block = randomised(ResBlock(*widths, 128, dropout=0.5, dims=2, scale_shift=scale_shift, groups=32))
     x, embedding = torch.randn(2, widths[0], 6, 5), torch.randn(2, 128)
     weights = block.state_dict()
 
