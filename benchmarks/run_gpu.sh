@@ -18,6 +18,11 @@ cd "$out"
 python3 -m berdiff_fast.info
 python3 "$repository/benchmarks/kernels_gpu.py" --output "$out/gpu.json"
 benchmarks=$?
+if python3 -c "import accelerate" 2>/dev/null; then
+    timeout 240 python3 "$repository/benchmarks/training_speed.py" --output "$out/training.json" || benchmarks=1
+else
+    echo "training_speed.py: accelerate is not installed here"
+fi
 tests() {
     timeout 210 python3 -m pytest "$@" -q -p no:cacheprovider --rootdir "$repository" -c "$repository/pyproject.toml" \
         --durations=10 2>&1 | tee -a "$out/tests.log"

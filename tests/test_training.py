@@ -76,14 +76,6 @@ def arguments(config: TrainConfig) -> list[str]:
     return words
 
 
-@pytest.fixture(autouse=True)
-def _new_accelerator():
-    """Accelerate keeps one state per process; runs of other precision need another."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 #: One thread: with several, sums in convolutions may differ from run to run.
 ENVIRONMENT = {
     **os.environ,

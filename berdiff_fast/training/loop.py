@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, gather_object
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import BatchSampler, DataLoader
@@ -52,6 +53,7 @@ def train(config: TrainConfig) -> Path:
     held_out = RaterDataset(config.val_data) if config.val_data else None
     _check_data(config, slices, held_out)
 
+    AcceleratorState._reset_state()  # a process may train again, in another precision
     accelerator = Accelerator(
         mixed_precision=config.precision.replace("fp32", "no"),
         gradient_accumulation_steps=config.accumulation,
@@ -71,7 +73,10 @@ def train(config: TrainConfig) -> Path:
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
-        model.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True
+        model.network.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        **{"fused" if accelerator.device.type == "cuda" else "foreach": True},
     )
     ema = AveragedModel(model.network, multi_avg_fn=_warmed_up_ema(config.ema_decay))
 
