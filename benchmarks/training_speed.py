@@ -6,7 +6,7 @@
 
 The published recipe, written again in plain PyTorch: float32, the network run twice per step (once for each term of
 the loss), noise by torch.bernoulli, one small operation after another. Ours is the trainer itself, data loading
-included, on slices made for the purpose. Both in one run. Figures count on a GPU only; ``--small`` tries the script on a CPU.
+included, on slices made for the purpose. Both in one run. Figures count on a GPU only; ``--small`` tries it on a CPU.
 """
 
 from __future__ import annotations
