@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from typing import Any
 
-from berdiff_fast import __version__, demo, info
+from berdiff_fast import __version__, demo, info, training
 from berdiff_fast.backends.select import BACKENDS
 from berdiff_fast.schedule import METHODS, SPACINGS
 
@@ -67,6 +68,7 @@ def _add_train(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    training.require()
     from berdiff_fast.training import config, loop
 
     print(loop.train(config.from_arguments(options)))
@@ -100,8 +102,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    import json
-
+    training.require()
     from accelerate import PartialState
 
     from berdiff_fast.data.hdf5 import RaterDataset
