@@ -18,7 +18,8 @@ from torch import nn
 from berdiff_fast import NoiseSchedule
 from berdiff_fast.backends import select
 
-GOLDEN = Path(__file__).resolve().parents[1] / ".." / "shared" / "golden"
+SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
+GOLDEN = SHARED / "golden"
 
 METHODS = ("ddim", "ddpm", "d3pm")
 PREDICTIONS = ("epsilon", "y_0")
@@ -44,6 +45,14 @@ def golden_path(name: str) -> Path:
     path = GOLDEN / name
     if not path.exists():
         pytest.skip(f"values of the published code are not here: shared/golden/{name}")
+    return path
+
+
+def data_path(name: str) -> Path:
+    """A file or folder of real data; skips the test where it is not at hand."""
+    path = SHARED / "data" / name
+    if not path.exists():
+        pytest.skip(f"the data are not here: shared/data/{name}")
     return path
 
 
