@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=lambda options: info.main(["--json"] if options.json else []))
 
+    _add_import(commands)
     _add_train(commands)
     _add_evaluate(commands)
 
@@ -148,6 +149,86 @@ def _demo(options: argparse.Namespace) -> int:
     print(f"  backend       {result.backend}")
     print(f"  GED           {result.ged:8.3f}    (a perfect model: {result.expected_ged:.3f} in the mean)")
     print(f"picture: {result.picture}")
+    return 0
+
+
+_IMPORT_EPILOG = """\
+layouts (--layout auto tells them apart):
+  slices   PATIENT/NODULE/{images,mask-0,mask-1,...}/slice-N.png
+  cimd     CASE/{image_N.jpg,label0_.jpg,label1_.jpg,...}
+  berdiff  {train,val,test}/{images/PATIENT/z-105.0_c0.png,gt/PATIENT/z-105.0_c0_l0.png,...}
+  plain    {images,masks_0,masks_1,...}/NAME.png
+
+examples:
+  berdiff-fast import LIDC-slices data/lidc
+  berdiff-fast import tree data/mine --split 80/10/10 --seed 3 --on-error skip
+  berdiff-fast import tree data/mine --split-file data/lidc/splits.json
+  berdiff-fast import tree data/mine --size 128 128 --crop
+  berdiff-fast import ct data/ct --layout plain --window -1000 400 --patient-pattern '(?P<patient>[^-]+)-'
+
+Nothing is written unless everything is. Hounsfield units are lost: images become 8 bits. More: docs/data.md
+"""
+
+
+def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "import",
+        help="turn a tree of PNG, JPEG, TIFF or NPY files into HDF5 files for training, split by patient",
+        epilog=_IMPORT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("source", help="the tree's root")
+    command.add_argument("output", help="the folder to write")
+    command.add_argument("--layout", default="auto", help="auto, slices, cimd, berdiff or plain (default: %(default)s)")
+    command.add_argument("--split", help="train/val/test in per cent (default: the tree's own splits, else 70/10/20)")
+    command.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
+    command.add_argument("--split-file", metavar="JSON", help="the splits.json of another import, instead")
+    command.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="in pixels (default: of the first slice)"
+    )
+    fit = command.add_mutually_exclusive_group()
+    fit.add_argument("--resize", dest="fit", action="store_const", const="resize", help="resize slices to --size")
+    fit.add_argument("--crop", dest="fit", action="store_const", const="crop", help="cut --size out of their middle")
+    command.add_argument("--raters", type=int, metavar="R", help="masks per slice (default: as many as are found)")
+    command.add_argument("--missing-mask", default="error", help="error or empty (default: %(default)s)")
+    command.add_argument(
+        "--on-error", default="stop", help="stop, or skip slices with a bad file (default: %(default)s)"
+    )
+    command.add_argument("--threshold", type=float, metavar="SHARE", help="of masks (default: 0.5 for JPEG, else none)")
+    command.add_argument(
+        "--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="become 0 and 255 (default: each slice's range)"
+    )
+    command.add_argument(
+        "--patient-pattern", metavar="REGEX", help="finds the patient in a plain tree's names (default: up to a '_')"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace an earlier import")
+    command.add_argument("--no-preview", dest="preview", action="store_false", help="do not write preview.png")
+    command.add_argument("--quiet", action="store_true", help="no progress bar, no words but errors")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    command.set_defaults(run=_import, fit="exact")
+
+
+def _import(options: argparse.Namespace) -> int:
+    # Imported here: no other command reads files of pictures.
+    from berdiff_fast.data import importers
+
+    names = ("split_file", "size", "fit", "raters", "missing_mask", "on_error", "threshold", "window", "overwrite")
+    given = {name: getattr(options, name) for name in (*names, "preview")}
+    if options.patient_pattern is not None:
+        given["patient_pattern"] = options.patient_pattern
+    report = importers.import_tree(
+        options.source,
+        options.output,
+        options.layout,
+        options.split,
+        options.seed,
+        progress=not options.quiet,
+        **given,
+    )
+    if options.json:
+        print(report.to_json(), end="")
+    elif not options.quiet:
+        print(report.to_text())
     return 0
 
 

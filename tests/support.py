@@ -52,6 +52,11 @@ def golden_path(name: str) -> Path:
     return shared(f"golden/{name}")
 
 
+def data_path(name: str) -> Path:
+    """A file or folder of real data; skips the test where it is not at hand."""
+    return shared(f"data/{name}")
+
+
 def golden(name: str) -> dict[str, torch.Tensor]:
     """The tensors of ``shared/golden/<name>.safetensors``."""
     return safetensors.torch.load_file(golden_path(f"{name}.safetensors"))

@@ -76,7 +76,8 @@ def train(config: TrainConfig) -> Path:
         model.network.parameters(),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
-        **{"fused" if accelerator.device.type == "cuda" else "foreach": True},
+        fused=accelerator.device.type == "cuda",
+        foreach=accelerator.device.type != "cuda",
     )
     ema = AveragedModel(model.network, multi_avg_fn=_warmed_up_ema(config.ema_decay))
 

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures in files, PNG, JPEG, TIFF or NPY, to uint8 images and 0/1 masks of one size.
+
+Every function raises a ValueError that says what is wrong with the picture; the caller knows its path.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Pillow's own words for it hold the path, which the caller names already.
+_WORDS = {"UnidentifiedImageError": "not a PNG, JPEG or TIFF"}
+
+
+class _NotGreyError(ValueError):
+    """The file is sound, and not what was asked for."""
+
+
+# The values that mean "inside" in a mask of 0 and one other value.
+_ONES = (1, 255, 65535)
+
+
+def read(path: Path) -> tuple[np.ndarray, bool]:
+    """One grey picture, (H, W) of any real dtype, and whether it was compressed with loss (JPEG).
+
+    Colour pictures pass if they are grey, that is, if their channels are equal; transparent ones if nothing of them is.
+
+    Raises:
+        ValueError: it cannot be read, or it is not one grey picture.
+    """
+    try:
+        array, lossy = _npy(path) if path.suffix.lower() == ".npy" else _picture(path)
+    except (_NotGreyError, MemoryError):
+        raise
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror or _WORDS.get(type(error).__name__, error)}") from error
+    except Exception as error:  # decoders raise what they like on broken files: SyntaxError, zlib.error, struct.error
+        raise ValueError(f"cannot be read: {error}") from error
+    if array.ndim != 2 or array.dtype.kind not in "buif":
+        raise ValueError(f"must be one (H, W) picture of real numbers, got shape {array.shape} of {array.dtype}")
+    if array.size == 0:
+        raise ValueError(f"is empty, of shape {array.shape}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError("has NaN or infinite values")
+    return array, lossy
+
+
+def to_image(x: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
+    """(H, W) uint8. What is uint8 already stays as it is; all else is scaled and rounded.
+
+    With a ``window`` (low, high), low becomes 0, high 255, and values beyond are clipped; without, the picture's own
+    minimum becomes 0 and its maximum 255. A picture of one value becomes 0.
+    """
+    if x.dtype == np.uint8:
+        return x
+    x = x.astype(np.float64)
+    low, high = window or (float(x.min()), float(x.max()))
+    if not np.isfinite(high - low):
+        raise ValueError(f"has values from {low} to {high}, too far apart to be scaled")
+    unit = np.clip((x - low) / (high - low), 0, 1) if high > low else np.zeros_like(x)
+    return np.rint(255 * unit).astype(np.uint8)
+
+
+def to_mask(x: np.ndarray, lossy: bool, threshold: float | None) -> np.ndarray:
+    """(H, W) uint8 of 0 and 1.
+
+    A picture of 0 and one of 1, 255 and 65535 is a mask as it is. Any other is one only if it was compressed with
+    loss or a ``threshold`` is given: values above that share of its range (1 for floats, 255 for uint8, 65535 for
+    uint16; half of it by default) are 1.
+    """
+    if not lossy:
+        top = x.max()
+        if top in (0, *_ONES) and ((x == 0) | (x == top)).all():
+            return (x != 0).astype(np.uint8)
+        if threshold is None:
+            values = np.unique(x)
+            shown = ", ".join(f"{v:g}" for v in values[:4].tolist()) + (", ..." if len(values) > 4 else "")
+            raise ValueError(f"is not a binary mask: expected 0 and 1 or 0 and 255, got {shown} (give a threshold?)")
+    ranges: dict[str, float] = {"uint8": 255, "uint16": 65535, "float16": 1, "float32": 1, "float64": 1}
+    if x.dtype.name not in ranges:
+        raise ValueError(f"is not a binary mask, and a threshold has no meaning for {x.dtype}")
+    return (x > (0.5 if threshold is None else threshold) * ranges[x.dtype.name]).astype(np.uint8)
+
+
+def crop(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The (H, W) in the middle; where that is half a pixel off, the upper or left one."""
+    if x.shape[0] < size[0] or x.shape[1] < size[1]:
+        raise ValueError(f"is {by(x.shape)}, too small to be cropped to {by(size)}")
+    top, left = (x.shape[0] - size[0]) // 2, (x.shape[1] - size[1]) // 2
+    return x[top : top + size[0], left : left + size[1]]
+
+
+def resize(x: np.ndarray, size: tuple[int, int], *, nearest: bool = False) -> np.ndarray:
+    """Bilinear and antialiased where it shrinks, or nearest neighbour; uint8 or bool stay so, all else is float64."""
+    from PIL import Image
+
+    method = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
+    if x.shape == size:
+        return x
+    if x.dtype == np.uint8:
+        return np.asarray(Image.fromarray(np.ascontiguousarray(x)).resize(size[::-1], method))
+    # Pillow resizes float32, which holds small differences only if they are not on top of a large number.
+    x = x.astype(np.float64)
+    low = x.min()
+    return np.asarray(Image.fromarray((x - low).astype(np.float32)).resize(size[::-1], method)).astype(np.float64) + low
+
+
+def by(shape: tuple[int, ...]) -> str:
+    """A size for people, height first."""
+    return " x ".join(map(str, shape))
+
+
+def contours(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """The slice beside itself with its raters' outlines, (H', 2 W', 3) uint8, of some 128 to 256 pixels a side.
+
+    Args:
+        image: (H, W) uint8.
+        masks: (R, H, W) uint8 of 0 and 1.
+    """
+    every = -(-max(image.shape) // 256)
+    image, masks = image[::every, ::every], masks[:, ::every, ::every]
+    scale = -(-128 // max(image.shape))
+    plain = np.repeat(image.repeat(scale, 0).repeat(scale, 1)[..., None], 3, axis=2)
+    drawn = plain.copy()
+    for rater, mask in enumerate(masks.repeat(scale, 1).repeat(scale, 2)):
+        padded = np.pad(mask, 1)
+        inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+        drawn[(mask == 1) & (inner == 0)] = _COLOURS[rater % len(_COLOURS)]
+    return np.concatenate([plain, drawn], axis=1)
+
+
+# Okabe and Ito's orange, sky blue, green, yellow, vermilion, purple: told apart with every common deficiency.
+_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167))
+
+
+def _npy(path: Path) -> tuple[np.ndarray, bool]:
+    array: Any = np.load(path, allow_pickle=False)  # pickles are code
+    if not isinstance(array, np.ndarray):
+        raise ValueError("it is an archive of arrays, not one array")
+    return array, False
+
+
+def _picture(path: Path) -> tuple[np.ndarray, bool]:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        if getattr(picture, "n_frames", 1) > 1:
+            raise _NotGreyError(f"holds {picture.n_frames} pictures, expected one")
+        if picture.mode in ("L", "I", "F") or picture.mode.startswith("I;16"):
+            return np.asarray(picture), picture.format == "JPEG"
+        if picture.mode not in ("1", "LA", "P", "PA", "RGB", "RGBA"):
+            raise _NotGreyError(f"is a picture of mode {picture.mode}, expected a grey one")
+        rgba, lossy = np.asarray(picture.convert("RGBA")), picture.format == "JPEG"
+    if not (rgba[..., 3] == 255).all():
+        raise _NotGreyError("has transparent pixels, expected an opaque picture")
+    if not (rgba[..., :3] == rgba[..., :1]).all():
+        raise _NotGreyError("is a colour picture, expected a grey one (or equal channels)")
+    return rgba[..., 0], lossy

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HDF5 files of slices, written one slice at a time, and folders written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from berdiff_fast.data.layouts import Slice
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What is in one of the files.
+
+    Attributes:
+        patients, slices: how many.
+        empty_masks: for each rater, the slices in which the rater marked nothing; (R,).
+        missing_masks: for each rater, those of them that had no file; (R,).
+    """
+
+    patients: int
+    slices: int
+    empty_masks: tuple[int, ...]
+    missing_masks: tuple[int, ...]
+
+
+class Writer:
+    """One HDF5 file in the layout of docs/data.md: room for ``count`` slices, cut to those that came.
+
+    Args:
+        path: the file, which is replaced.
+        count: the most slices.
+        size: (H, W) in pixels.
+        raters: R.
+        attributes: of the file.
+
+    Every method raises the OSError of the disk. Call ``close`` whatever happens.
+    """
+
+    def __init__(self, path: Path, count: int, size: tuple[int, int], raters: int, attributes: dict[str, Any]) -> None:
+        import h5py
+
+        self.raters = raters
+        self.rows: list[tuple[int, int, int, str, str]] = []
+        self.empty = np.zeros(raters, np.int64)
+        self.missing = np.zeros(raters, np.int64)
+        self._disk = _Disk(path, "w+")
+        with self._writing():
+            self._file = h5py.File(self._disk, "w")
+            self._file.attrs.update(attributes)
+            self._image = self._pixels("image", count, size)
+            self._mask = self._pixels("mask", count, (raters, *size))
+
+    def append(self, image: np.ndarray, masks: np.ndarray, patient_id: int, nodule: int, one: Slice) -> None:
+        """Write a slice: image (H, W), masks (R, H, W)."""
+        with self._writing():
+            self._image[len(self.rows)] = image
+            self._mask[len(self.rows)] = masks
+        self.rows.append((patient_id, nodule, one.number, one.patient, one.image))
+        self.empty += ~masks.any(axis=(1, 2))
+        self.missing += [rater not in one.masks for rater in range(self.raters)]
+
+    def finish(self) -> SplitReport:
+        """Write what there is of each slice besides pixels, and close the file."""
+        import h5py
+
+        columns = list(zip(*self.rows, strict=True))
+        with self._writing():
+            for dataset in (self._image, self._mask):
+                dataset.resize(len(self.rows), axis=0)
+            for name, column in zip(("patient_id", "nodule", "slice"), columns[:3], strict=True):
+                self._file.create_dataset(name, data=np.array(column, np.int32))
+            for name, column in zip(("patient", "path"), columns[3:], strict=True):
+                self._file.create_dataset(name, data=list(column), dtype=h5py.string_dtype())
+            self._file.close()
+        return SplitReport(
+            patients=len(set(columns[0])),
+            slices=len(self.rows),
+            empty_masks=tuple(self.empty.tolist()),
+            missing_masks=tuple(self.missing.tolist()),
+        )
+
+    def close(self) -> None:
+        """Give up, if the file is not finished; nobody will read it."""
+        with _undisturbed():
+            if self._file:
+                self._disk.error = self._disk.error or OSError("given up")
+                self._file.close()
+            self._disk.close()
+
+    def _pixels(self, name: str, count: int, shape: tuple[int, ...]) -> Any:
+        # A chunk per slice: a reader of single slices in any order decompresses nothing in vain.
+        full, chunk = (count, *shape), (1, *shape)
+        return self._file.create_dataset(name, full, np.uint8, maxshape=full, chunks=chunk, compression="gzip")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with _undisturbed():
+            yield
+        if self._disk.error:
+            raise self._disk.error
+
+
+@contextmanager
+def whole(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to write into, which becomes ``output`` if all goes well and vanishes if not."""
+    output = output.resolve()  # the folder behind a link is replaced, not the link
+    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    try:
+        new = temporary / "new"
+        new.mkdir()  # with the permissions that people expect; mkdtemp's is private
+        yield new
+        for path in [*new.iterdir(), new]:
+            _sync(path)
+        old = temporary / "old"
+        try:
+            if output.exists() and overwrite:
+                os.rename(output, old)
+            elif output.exists():
+                output.rmdir()  # fails if another import was faster
+            os.rename(new, output)
+        except BaseException:
+            if old.exists() and not output.exists():
+                os.rename(old, output)
+            raise
+        _sync(output.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Disk(io.FileIO):
+    """A file whose writing never fails as HDF5 sees it; the first error is kept for those who ask.
+
+    HDF5 cannot close a file that it could not write, for want of space say, and the process crashes at its end.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left and self.error is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.error = OSError(error.errno, error.strerror, str(self.name))
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return self.tell() if self.error else super().truncate(size)
+        except OSError as error:
+            self.error = error
+            return self.tell()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: HDF5 calls ``_Disk``, where an exception would be a failed write."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():  # it is not ours to handle
+        yield
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or where the system can the names in a folder, to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
