@@ -78,7 +78,8 @@ class TrainConfig:
     steps: int = _option(4000, "optimiser steps")
     batch_size: int = _option(16, "images per optimiser step, over all processes and accumulations")
     accumulation: int = _option(1, "forward passes per optimiser step")
-    learning_rate: float = _option(2e-3, "peak rate of AdamW")
+    learning_rate: float = _option(1e-3, "peak rate of AdamW")
+    beta2: float = _option(0.99, "of AdamW; with 0.999 a sudden gradient can throw a small network far off")
     weight_decay: float = _option(1e-4, "of AdamW")
     warmup: int = _option(200, "steps in which the rate rises linearly")
     decay: str = _option("cosine", "the rate after warm-up: cosine (to 0) or constant")
@@ -126,8 +127,9 @@ class TrainConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        for name in ("ema_decay", "beta2", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.kl_weight == self.bce_weight == 0:
             raise ValueError("kl_weight and bce_weight must not both be 0")
         if self.batch_size % self.accumulation:

@@ -75,6 +75,7 @@ def train(config: TrainConfig) -> Path:
     optimizer = torch.optim.AdamW(
         model.network.parameters(),
         lr=config.learning_rate,
+        betas=(0.9, config.beta2),
         weight_decay=config.weight_decay,
         fused=accelerator.device.type == "cuda",
         foreach=accelerator.device.type != "cuda",
