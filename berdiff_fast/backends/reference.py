@@ -105,3 +105,11 @@ def posterior(
     e = exp_negative(z)
     flip = (P + Q * e) / (R + S * e)
     out.copy_(torch.where(z.isnan(), z, torch.where(y, 1.0 - flip, flip)))
+
+
+@torch.no_grad()
+def overlap(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    # One image at a time: a float64 of every pixel is eight times a byte mask, and exact up to 2^53 pixels.
+    for counts, masks_a, masks_b in zip(out, a, b, strict=True):
+        masks = torch.cat([masks_a.flatten(1) != 0, masks_b.flatten(1) != 0]).double()
+        counts.copy_(masks @ masks.T)
