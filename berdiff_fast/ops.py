@@ -26,7 +26,15 @@ from berdiff_fast.backends import select
 from berdiff_fast.backends.select import BackendUnavailableError
 from berdiff_fast.schedule import LOSS_COLUMNS, NoiseSchedule
 
-__all__ = ["BackendUnavailableError", "diffusion_loss", "initial_noise", "posterior", "q_sample", "sample_step"]
+__all__ = [
+    "BackendUnavailableError",
+    "diffusion_loss",
+    "initial_noise",
+    "overlap",
+    "posterior",
+    "q_sample",
+    "sample_step",
+]
 
 MASK_DTYPES: tuple[torch.dtype, ...] = (torch.bool, torch.uint8, torch.float32, torch.float16, torch.bfloat16)
 LOGIT_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
@@ -296,6 +304,28 @@ def diffusion_loss(
     return torch.ops.berdiff_fast.diffusion_loss(logits, y_t, y_0, rows, ignore, prediction, backend)[0]
 
 
+def overlap(a: torch.Tensor, b: torch.Tensor | None = None, *, backend: str = "auto") -> torch.Tensor:
+    """How many pixels any two masks of an image share: all that GED, HM-IoU and their like need to know of the masks.
+
+    The masks of an image are those of ``a`` and after them those of ``b``, each read once. Row and column R + j of the
+    result belong to mask j of ``b``; the diagonal has the areas. Exact integers; not differentiable.
+
+    Args:
+        a: (N, R, *shape) masks of N images.
+        b: (N, n, *shape) masks of the same images, perhaps of another dtype; none by default.
+        backend: "auto", "reference", "cpp", "cuda" or "triton".
+
+    Returns:
+        (N, R + n, R + n) int64, symmetric.
+
+    Raises:
+        ValueError, TypeError, BackendUnavailableError: naming the argument.
+    """
+    if b is None:
+        return _call("overlap", a, a=a)(a, None, backend)
+    return _call("overlap", a, a=a, b=b)(a, b, backend)
+
+
 def _samples_per_image(y_t: torch.Tensor, seeds: torch.Tensor, first_row: int) -> int:
     rows, images = y_t.size(0) if y_t.ndim else 1, seeds.numel()
     if first_row or not images or rows % images:
@@ -524,6 +554,23 @@ def _diffusion_loss_output(
     return value, torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
+def _overlap_output(a: torch.Tensor, b: torch.Tensor | None, backend: str) -> torch.Tensor:
+    _check_mask("a", a)
+    images, masks, *shape = a.shape if a.ndim > 2 else (0, 0)
+    if not shape:
+        raise ValueError(f"a must be (N, R, *shape), got shape {tuple(a.shape)}")
+    if b is not None:
+        _check_mask("b", b)
+        images_of_b, masks_of_b, *shape_of_b = b.shape if b.ndim > 2 else (0, 0)
+        if images_of_b != images or shape_of_b != shape:
+            raise ValueError(f"b must be (N, n, *shape) with N and shape of a, {tuple(a.shape)}, got {tuple(b.shape)}")
+        if not (a.is_cpu and b.is_cpu):
+            _check_devices(a, b=b)
+        masks += masks_of_b
+    # Zero, because kernels add what they find in their part of the pixels.
+    return torch.zeros((images, masks, masks), dtype=torch.int64, device=a.device)
+
+
 # ---------------------------------------------------------------------- registration
 #
 # Plain Python functions behind torch.library schemas. `_op_output` has the op's arguments, checks them and makes the
@@ -624,6 +671,15 @@ def _scale_gradient(ctx, grad_value, _grad_gradient):
     return (gradient * grad_value.to(gradient.dtype).reshape(-1, *[1] * (gradient.ndim - 1)), *[None] * 6)
 
 
+def _overlap(*arguments):
+    out = _overlap_output(*arguments)
+    a, b, backend = arguments
+    kernels = select.get(backend, "cpu" if a.is_cpu else a.device.type)
+    if out.numel():
+        kernels.overlap(out, a.contiguous(), a[:, :0] if b is None else b.contiguous())
+    return out
+
+
 _register(
     "initial_noise(Tensor seeds, SymInt[] mask_shape, SymInt rows, SymInt samples_per_image, SymInt first_row, "
     "SymInt first_sample, ScalarType dtype, str backend) -> Tensor",
@@ -657,3 +713,4 @@ _register(
 torch.library.register_autograd(
     "berdiff_fast::diffusion_loss", _scale_gradient, setup_context=_save_gradient, lib=_library
 )
+_register("overlap(Tensor a, Tensor? b, str backend) -> Tensor", _overlap, _overlap_output)

@@ -59,6 +59,21 @@ COMBINATIONS = {
         for y, z in (("u8", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"))
         for y0 in (False, True)
     ],
+    "overlap_kernel": [
+        (
+            {
+                "out": "*i64",
+                "a": f"*{a}",
+                "b": f"*{b}",
+                "a_masks": "i32",
+                "b_masks": "i32",
+                "pixels": "i64",
+                "spans": "i64",
+            },
+            kernels.OVERLAP_SIZES,
+        )
+        for a, b in (("u8", "u8"), ("fp32", "fp32"), ("bf16", "u8"), ("fp16", "fp16"))
+    ],
 }
 
 
@@ -68,7 +83,8 @@ def main() -> None:
     for name, combinations in COMBINATIONS.items():
         kernel = getattr(kernels, name)
         for types, constants in combinations:
-            constants = {**constants, "BLOCKS": kernels.BLOCKS}
+            if "BLOCKS" in kernel.arg_names:
+                constants = {**constants, "BLOCKS": kernels.BLOCKS}
             signature = {a: "constexpr" if a in constants else types[a] for a in kernel.arg_names}
             source = ASTSource(
                 fn=kernel,

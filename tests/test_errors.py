@@ -12,13 +12,14 @@ import torch
 from support import Toy
 
 import berdiff_fast as bf
-from berdiff_fast import BackendUnavailableError, BerDiff, NoiseSchedule, Preprocessing, ops
+from berdiff_fast import BackendUnavailableError, BerDiff, NoiseSchedule, Preprocessing, metrics, ops
 
 IMG = torch.zeros(2, 1, 8, 8)
 Y = torch.zeros(2, 1, 4, 4)
 SEEDS = torch.zeros(2, dtype=torch.int64)
 SCHEDULE = NoiseSchedule()
 META = torch.device("meta")
+RATERS, SAMPLES = torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 4, 4)
 
 
 class Counting(Toy):
@@ -240,6 +241,39 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # image_seeds
     "image_seeds seed": (call(bf.image_seeds, 0.5, 2), T, "seed must be an int, got float"),
     "image_seeds count": (call(bf.image_seeds, 0, -2), V, "count must be at least 0, got -2"),
+    # ops.overlap
+    "overlap a": (call(ops.overlap, [1]), T, "a must be a torch.Tensor, got list"),
+    "overlap b": (call(ops.overlap, RATERS, [1]), T, "b must be a torch.Tensor, got list"),
+    "overlap a of ints": (call(ops.overlap, RATERS.long()), T, "a must be bool, uint8, float32, .* got torch.int64"),
+    "overlap b of doubles": (call(ops.overlap, RATERS, SAMPLES.double()), T, "b must be bool, .* got torch.float64"),
+    "overlap a flat": (call(ops.overlap, Y[0, 0]), V, r"a must be \(N, R, \*shape\), got shape \(4, 4\)"),
+    "overlap size": (
+        call(ops.overlap, RATERS, SAMPLES[..., :3]),
+        V,
+        r"b must be .* \(2, 3, 4, 4\), got \(2, 5, 4, 3\)",
+    ),
+    "overlap images": (call(ops.overlap, RATERS, SAMPLES[:1]), V, r"b must be .* got \(1, 5, 4, 4\)"),
+    "overlap b flat": (call(ops.overlap, RATERS, SAMPLES[..., 0]), V, r"b must be .* got \(2, 5, 4\)"),
+    "overlap device": (call(ops.overlap, RATERS, SAMPLES.to(META)), V, "b must be on cpu like the masks, got meta"),
+    "overlap backend": (call(ops.overlap, RATERS, backend="opencl"), V, "backend must be .*got 'opencl'"),
+    # metrics
+    "metrics size": (
+        call(metrics.hm_iou, RATERS, SAMPLES[..., :3]),
+        V,
+        "raters and samples must be .*same N and shape",
+    ),
+    "metrics images": (call(metrics.soft_dice, RATERS, SAMPLES[:1]), V, "raters and samples must be"),
+    "metrics flat": (call(metrics.evaluate, Y[0, 0], SAMPLES), V, r"raters must be \(N, masks, .*\(4, 4\)"),
+    "metrics no samples": (call(metrics.evaluate, RATERS, SAMPLES[:, :0]), V, "samples must have at least one mask"),
+    "metrics no pixels": (call(metrics.evaluate, RATERS[..., :0], SAMPLES), V, "raters must have .* one pixel, got"),
+    "metrics list": (call(metrics.evaluate, [[0]], SAMPLES), T, "raters must be a torch.Tensor or a numpy.nd"),
+    "metrics complex": (call(metrics.evaluate, RATERS, SAMPLES.cfloat()), T, "samples must be masks of a real type"),
+    "metrics device": (call(metrics.evaluate, RATERS, SAMPLES.to(META)), V, "samples must be on cpu like raters"),
+    "metrics names": (call(metrics.evaluate, RATERS, SAMPLES, ["miou"]), V, r"names must be of \['ged', .*got 'miou'"),
+    "metrics counts": (call(metrics.evaluate_counts, RATERS, SAMPLES, [6]), V, "counts must be at most the 5 samples"),
+    "metrics count zero": (call(metrics.evaluate_counts, RATERS, SAMPLES, [0]), V, "counts must be at least 1, got 0"),
+    "metrics bins": (call(metrics.calibration_bins, RATERS, SAMPLES, 0), V, "bins must be at least 1, got 0"),
+    "iou_distance": (call(metrics.iou_distance, RATERS, SAMPLES[:1]), V, "a and b must be"),
 }
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from berdiff_fast import NoiseSchedule, UNet, image_seeds, ops, sample
+from berdiff_fast import NoiseSchedule, UNet, image_seeds, metrics, ops, sample
 from berdiff_fast.backends import select
 
 pytestmark = pytest.mark.gpu
@@ -110,3 +110,28 @@ def test_opcheck_and_compile_on_the_gpu(backend):
         return y
 
     assert torch.equal(two_steps(y, z), torch.compile(two_steps, fullgraph=True)(y, z))
+
+
+def test_overlap_in_a_captured_graph(backend):
+    """Counts are added to a result that has to be zero again at every replay."""
+    a, b = (
+        torch.rand(3, 4, 128, 130, device="cuda") < 0.5,
+        (torch.rand(3, 40, 128, 130, device="cuda") < 0.1).bfloat16(),
+    )
+    ops.overlap(a, b, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.overlap(a, b, backend=backend)
+    for _ in range(2):
+        graph.replay()
+        assert torch.equal(captured.cpu(), ops.overlap(a.cpu(), b.cpu(), backend="reference"))
+        a.logical_not_()
+    torch.library.opcheck(torch.ops.berdiff_fast.overlap.default, (a, b, backend))
+
+
+def test_metrics_on_the_gpu():
+    raters, samples = torch.rand(3, 4, 40, 40) < 0.3, torch.rand(3, 6, 40, 40) < 0.3
+    expected = metrics.evaluate(raters, samples)
+    for name, value in metrics.evaluate(raters.cuda(), samples.cuda()).items():
+        assert value.is_cuda
+        assert torch.equal(value.cpu(), expected[name])

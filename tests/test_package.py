@@ -40,7 +40,7 @@ import time, torch, sys
 start = time.perf_counter()
 import berdiff_fast
 seconds = time.perf_counter() - start
-loaded = [m for m in ("triton", "berdiff_fast._cuda", "matplotlib") if m in sys.modules]
+loaded = [m for m in ("triton", "berdiff_fast._cuda", "matplotlib", "scipy", "torchmetrics") if m in sys.modules]
 print(seconds, *loaded)
 """
     runs = [python(code).split() for _ in range(3)]

@@ -30,6 +30,8 @@ def calls():
     yield "sample_step", (y, z, seeds, coefficients, flag, 400, 2, 0, 0, "epsilon", False, torch.bool, "auto")
     yield "sample_step", (y, z, seeds, coefficients, flag, 400, 2, 0, 0, "y_0", True, torch.float32, "reference")
     yield "posterior", (y, z, coefficients, "epsilon", "auto")
+    yield "overlap", (y, z, "auto")
+    yield "overlap", (y, None, "reference")
 
 
 @pytest.mark.parametrize(("name", "args"), list(calls()), ids=lambda x: x if isinstance(x, str) else "")
@@ -121,3 +123,18 @@ def test_inputs_are_never_written():
     ops.posterior(y, z, coefficients)
     ops.q_sample(y, torch.arange(6), seeds, SCHEDULE, samples_per_image=2)
     assert all(torch.equal(a, b) for a, b in zip(before, (y, z, seeds, coefficients), strict=True))
+
+
+def test_compiled_fake_and_meta_overlap():
+    def ious(a, b):
+        shared = ops.overlap(a, b)
+        area = shared.diagonal(0, 1, 2)
+        return shared / (area[:, :, None] + area[:, None] - shared)
+
+    a, b = torch.rand(2, 3, 9, 7) < 0.5, torch.rand(2, 4, 9, 7) < 0.5
+    # Nothing here is worth the time that generating code takes.
+    assert torch.equal(ious(a, b), torch.compile(ious, fullgraph=True, backend="aot_eager")(a, b))
+    with FakeTensorMode():
+        out = ops.overlap(torch.empty(2, 3, 8, 8), torch.empty(2, 4, 8, 8, dtype=torch.bool))
+        assert (out.shape, out.dtype) == ((2, 7, 7), torch.int64)
+    assert ops.overlap(torch.empty(2, 3, 8, 8, device="meta")).shape == (2, 3, 3)

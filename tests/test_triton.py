@@ -47,7 +47,13 @@ def test_every_kernel_compiles_to_a_cubin(architecture):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert {k.split(":")[0] for k in report} == {"noise_kernel", "q_sample_kernel", "step_kernel", "posterior_kernel"}
+    assert {k.split(":")[0] for k in report} == {
+        "noise_kernel",
+        "q_sample_kernel",
+        "step_kernel",
+        "posterior_kernel",
+        "overlap_kernel",
+    }
     for name, kernel in report.items():
         assert kernel["cubin_bytes"] > 1000, name
         assert kernel["target"] == f"sm_{architecture}", (name, kernel)

@@ -28,6 +28,10 @@ class CudaBackend(NativeBackend):
         with torch.cuda.device_of(out):
             super().posterior(out, *arguments)
 
+    def overlap(self, out: torch.Tensor, *arguments) -> None:
+        with torch.cuda.device_of(out):
+            super().overlap(out, *arguments)
+
 
 def _current_stream(out: torch.Tensor) -> int:
     return torch.cuda.current_stream(out.device).cuda_stream

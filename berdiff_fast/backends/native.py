@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 
@@ -122,5 +123,20 @@ class NativeBackend:
             coefficients.data_ptr(),
             predicts_y0,
             out.numel(),
+            self._context(out),
+        )
+
+    def overlap(self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        images, masks = a.shape[:2]
+        self.module.overlap(
+            out.data_ptr(),
+            a.data_ptr(),
+            TYPES[a.dtype],
+            masks,
+            b.data_ptr(),
+            TYPES[b.dtype],
+            b.shape[1],
+            images,
+            math.prod(a.shape[2:]),
             self._context(out),
         )

@@ -161,3 +161,11 @@ def diffusion_loss(
         bits, slope = torch.where(kept, bits, 0.0), torch.where(kept, slope, 0.0)
     value.copy_(bits.sum(1) / pixels)
     gradient.copy_((slope * sign / pixels.reshape(-1, 1)).view(gradient.shape))
+
+
+@torch.no_grad()
+def overlap(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    # One image at a time: a float64 of every pixel is eight times a byte mask, and exact up to 2^53 pixels.
+    for counts, masks_a, masks_b in zip(out, a, b, strict=True):
+        masks = torch.cat([masks_a.flatten(1) != 0, masks_b.flatten(1) != 0]).double()
+        counts.copy_(masks @ masks.T)

@@ -7,6 +7,7 @@ The arithmetic is that of ``csrc/include/berdiff/draw.h``, line by line; launche
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 import triton
@@ -210,6 +211,52 @@ def posterior_kernel(
     tl.store(out + at, tl.where(z != z, z, mean), mask=live)
 
 
+@triton.jit
+def masks_as_integers(a, b, image, a_masks, b_masks, mask, pixel, pixels):
+    """The given masks of an image, those of a before those of b, at the given pixels: (masks, pixels) of 0 and 1."""
+    live = (pixel < pixels)[None, :]
+    in_a = (mask < a_masks)[:, None] & live
+    in_b = ((mask >= a_masks) & (mask < a_masks + b_masks))[:, None] & live
+    of_a = tl.load(a + (image * a_masks + mask)[:, None] * pixels + pixel[None, :], mask=in_a, other=0)
+    of_b = tl.load(b + (image * b_masks + mask - a_masks)[:, None] * pixels + pixel[None, :], mask=in_b, other=0)
+    return ((widen(of_a) != 0.0) | (widen(of_b) != 0.0)).to(tl.int8)
+
+
+@triton.jit
+def overlap_kernel(
+    out,
+    a,
+    b,
+    a_masks,
+    b_masks,
+    pixels,
+    spans,
+    MASKS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    # A square of the counts, of MASKS x MASKS, over a span of STEPS x PIXELS pixels: a product of integer matrices.
+    image = tl.program_id(0).to(tl.int64) // spans
+    pixel = (tl.program_id(0).to(tl.int64) % spans) * (STEPS * PIXELS) + tl.arange(0, PIXELS).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64) * MASKS + tl.arange(0, MASKS).to(tl.int64)
+    column = tl.program_id(2).to(tl.int64) * MASKS + tl.arange(0, MASKS).to(tl.int64)
+    counts = tl.zeros((MASKS, MASKS), tl.int32)
+    # No prefetching: stages of floats would take more shared memory than many GPUs have.
+    for _ in tl.range(STEPS, num_stages=1):
+        rows = masks_as_integers(a, b, image, a_masks, b_masks, row, pixel, pixels)
+        columns = masks_as_integers(a, b, image, a_masks, b_masks, column, pixel, pixels)
+        counts = tl.dot(rows, tl.trans(columns), counts, out_dtype=tl.int32)
+        pixel += PIXELS
+    masks = a_masks + b_masks
+    at = (image * masks + row)[:, None] * masks + column[None, :]
+    live = (row < masks)[:, None] & (column < masks)[None, :]
+    tl.atomic_add(out + at, counts.to(tl.int64), mask=live, sem="relaxed")
+
+
+#: Masks and pixels of a program of the overlap kernel, and how often it takes so many pixels.
+OVERLAP_SIZES = {"MASKS": 32, "PIXELS": 128, "STEPS": 32}
+_INTERPRETED_OVERLAP_SIZES = {"MASKS": 32, "PIXELS": 4096, "STEPS": 1}
+
 #: Passed to every launch and to every ahead-of-time compilation: products and sums stay separately rounded.
 LAUNCH_OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
 
@@ -305,6 +352,20 @@ class TritonBackend:
         predicts_y0: bool,
     ) -> None:
         _launch(posterior_kernel, 1, out.numel(), out, _bytes(y_t), logits, coefficients, PREDICTS_Y0=predicts_y0)
+
+    def overlap(self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        images, a_masks, b_masks = a.shape[0], a.shape[1], b.shape[1]
+        pixels = math.prod(a.shape[2:])
+        sizes = OVERLAP_SIZES if out.is_cuda else _INTERPRETED_OVERLAP_SIZES
+        spans = triton.cdiv(pixels, sizes["PIXELS"] * sizes["STEPS"])
+        groups = triton.cdiv(a_masks + b_masks, sizes["MASKS"])
+        if spans == 0:
+            return
+        guard = torch.cuda.device_of(out) if out.is_cuda else contextlib.nullcontext()
+        with guard:
+            overlap_kernel[(images * spans, groups, groups)](
+                out, _bytes(a), _bytes(b), a_masks, b_masks, pixels, spans, **sizes, **LAUNCH_OPTIONS
+            )
 
 
 backend = TritonBackend()

@@ -37,6 +37,14 @@ struct CpuBackend {
     static void posterior(const PosteriorArguments& a, std::int64_t threads) {
         run(kernels().posterior, a, 1, a.size, threads);
     }
+    static void overlap(const OverlapArguments& a, std::int64_t threads) {
+        // A call adds up to `masks` squared counts to the output: rather few calls with many pixels.
+        const auto kernel = kernels().overlap;
+        for_each_tile(
+            a.images, a.pixels, static_cast<int>(threads),
+            [&, kernel](std::int64_t image, std::int64_t begin, std::int64_t end) { kernel(a, image, begin, end); },
+            16 * tile);
+    }
 };
 
 }  // namespace

@@ -76,6 +76,20 @@ void define_ops(pybind11::module_& m) {
         py::gil_scoped_release release;
         Backend::posterior(a, context);
     });
+
+    m.def("overlap", [](Pointer out, Pointer a_data, int a_type, std::int64_t a_masks, Pointer b_data, int b_type,
+                        std::int64_t b_masks, std::int64_t images, std::int64_t pixels, std::int64_t context) {
+        OverlapArguments a = {};
+        a.images = images;
+        a.pixels = pixels;
+        a.a_masks = a_masks;
+        a.b_masks = b_masks;
+        a.a = {reinterpret_cast<const void*>(a_data), static_cast<Type>(a_type)};
+        a.b = {reinterpret_cast<const void*>(b_data), static_cast<Type>(b_type)};
+        a.out = reinterpret_cast<std::int64_t*>(out);
+        py::gil_scoped_release release;
+        Backend::overlap(a, context);
+    });
 }
 
 }  // namespace berdiff

@@ -73,15 +73,16 @@ const Kernels& kernels() {
 }
 
 void for_each_tile(std::int64_t rows, std::int64_t pixels, int threads,
-                   const std::function<void(std::int64_t, std::int64_t, std::int64_t)>& kernel) {
+                   const std::function<void(std::int64_t, std::int64_t, std::int64_t)>& kernel,
+                   std::int64_t pixels_per_tile) {
     if (rows == 0 || pixels == 0) return;
-    const std::int64_t tiles_per_row = (pixels + tile - 1) / tile;
+    const std::int64_t tiles_per_row = (pixels + pixels_per_tile - 1) / pixels_per_tile;
     const std::int64_t tiles = rows * tiles_per_row;
     const auto work = [=, &kernel](std::int64_t first, std::int64_t last) {
         std::int64_t row = first / tiles_per_row;
-        std::int64_t begin = first % tiles_per_row * tile;
+        std::int64_t begin = first % tiles_per_row * pixels_per_tile;
         for (; first < last; ++first) {
-            const std::int64_t end = std::min(begin + tile, pixels);
+            const std::int64_t end = std::min(begin + pixels_per_tile, pixels);
             kernel(row, begin, end);
             begin = end;
             if (begin == pixels) {

@@ -21,6 +21,7 @@ const Kernels& kernels();
 // small. A thread is started per call: that costs some ten microseconds, and leaves no pool that would spin, fight
 // torch's own, or be missing in a forked process.
 void for_each_tile(std::int64_t rows, std::int64_t pixels, int threads,
-                   const std::function<void(std::int64_t row, std::int64_t begin, std::int64_t end)>& kernel);
+                   const std::function<void(std::int64_t row, std::int64_t begin, std::int64_t end)>& kernel,
+                   std::int64_t pixels_per_tile = tile);
 
 }  // namespace berdiff

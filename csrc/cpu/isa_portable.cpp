@@ -2,14 +2,15 @@
 #include "cpu/kernels.h"
 #include "cpu/lanes_portable.h"
 #include "cpu/noise.h"
+#include "cpu/overlap.h"
 #include "cpu/step.h"
 
 namespace berdiff {
 
 const Kernels* portable_kernels() {
     using L = PortableLanes;
-    static const Kernels kernels = {"portable",   noise_span<L>,     q_sample_span<L>,
-                                    step_span<L>, posterior_span<L>, words_span<L>};
+    static const Kernels kernels = {"portable",        noise_span<L>, q_sample_span<L>, step_span<L>,
+                                    posterior_span<L>, words_span<L>, overlap_span<L>};
     return &kernels;
 }
 

@@ -21,6 +21,8 @@ struct Kernels {
     void (*posterior)(const PosteriorArguments&, std::int64_t row, std::int64_t begin, std::int64_t end);
     // Words of blocks [first_block, first_block + blocks), for tests of the index arithmetic.
     void (*words)(const PhiloxRow&, std::uint32_t first_block, std::int64_t blocks, std::uint32_t* out);
+    // Adds to what other calls found; any span of pixels whose beginning is a multiple of `tile`.
+    void (*overlap)(const OverlapArguments&, std::int64_t image, std::int64_t begin, std::int64_t end);
 };
 
 // Null where the instruction set was not compiled.

@@ -6,11 +6,12 @@
 
 #include <cstdint>
 
+#include "cpu/bits_avx2.h"
 #include "cpu/lanes_portable.h"
 
 namespace berdiff {
 
-struct Avx2Lanes {
+struct Avx2Lanes : Avx2Bits {
     using F = __m256;
     using U = __m256i;
     static constexpr int width = 8;

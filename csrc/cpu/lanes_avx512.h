@@ -11,11 +11,12 @@
 
 #include <cstdint>
 
+#include "cpu/bits_avx2.h"
 #include "cpu/lanes_portable.h"
 
 namespace berdiff {
 
-struct Avx512Lanes {
+struct Avx512Lanes : Avx2Bits {
     using F = __m512;
     using U = __m512i;
     static constexpr int width = 16;

@@ -56,6 +56,39 @@ struct PortableLanes : ScalarLanes {
         for (int j = 0; j < 4; ++j) p[j] = x[j];
     }
 
+    // 64 elements of a mask as bits: one where an element is not zero; and how many bits two lists have in common.
+    static BERDIFF_FN std::uint64_t nonzero_bits(const std::uint8_t* p) {
+        std::uint64_t bits = 0;
+        for (int i = 0; i < 64; i += 8) {
+            std::uint64_t x = 0;
+            BERDIFF_UNROLL
+            for (int j = 0; j < 8; ++j) x |= static_cast<std::uint64_t>(p[i + j]) << 8 * j;
+            // The top bit of each byte says whether any is set; the product moves the eight of them side by side.
+            x = (((x & 0x7f7f7f7f7f7f7f7fu) + 0x7f7f7f7f7f7f7f7fu) | x) >> 7 & 0x0101010101010101u;
+            bits |= (x * 0x0102040810204080u >> 56) << i;
+        }
+        return bits;
+    }
+    template <class T>
+    static BERDIFF_FN std::uint64_t nonzero_bits(const T* p) {
+        const T no_sign = static_cast<T>(~(std::uint64_t{1} << (8 * sizeof(T) - 1)));
+        std::uint64_t bits = 0;
+        for (int i = 0; i < 64; ++i) bits |= static_cast<std::uint64_t>((p[i] & no_sign) != 0) << i;
+        return bits;
+    }
+    template <int words>
+    static BERDIFF_FN std::int64_t common_bits(const std::uint64_t* a, const std::uint64_t* b) {
+        std::uint64_t sum = 0;
+        for (int i = 0; i < words; ++i) {
+            std::uint64_t x = a[i] & b[i];
+            x -= x >> 1 & 0x5555555555555555u;
+            x = (x & 0x3333333333333333u) + (x >> 2 & 0x3333333333333333u);
+            x = (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+            sum += x * 0x0101010101010101u >> 56;
+        }
+        return static_cast<std::int64_t>(sum);
+    }
+
 private:
     static BERDIFF_FN F half_to_float(std::uint32_t half) {
         const U sign = (half & 0x8000u) << 16;

@@ -74,6 +74,23 @@ struct PosteriorArguments {
     float* out;
 };
 
+// The masks of an image: those of a, then those of b. `out` is a square of counts per image and zero at first: a kernel
+// adds what it finds.
+struct OverlapArguments {
+    std::int64_t images, pixels;
+    std::int64_t a_masks, b_masks;
+    ConstMask a, b;
+    std::int64_t* out;
+
+    BERDIFF_FN std::int64_t masks() const { return a_masks + b_masks; }
+    // The tensor that mask number `index` of an image is in; its first pixel there is added to `offset`.
+    BERDIFF_FN ConstMask mask(std::int64_t image, std::int64_t index, std::int64_t& offset) const {
+        const bool in_a = index < a_masks;
+        offset += (in_a ? image * a_masks + index : image * b_masks + index - a_masks) * pixels;
+        return in_a ? a : b;
+    }
+};
+
 // The number 1 in a mask of each type.
 BERDIFF_FN std::uint32_t one_bits(Type type) {
     switch (type) {

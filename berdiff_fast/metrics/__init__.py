@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well a set of sampled masks agrees with a set of raters' masks; definitions and sources in docs/metrics.md.
+
+``torchmetrics.py`` beside this file accumulates the same numbers over a data set; it is imported only when asked for.
+"""
+
+from berdiff_fast.metrics.functional import (
+    METRICS,
+    calibration_bins,
+    calibration_error,
+    dice_majority,
+    evaluate,
+    evaluate_counts,
+    expected_calibration_error,
+    generalized_energy_distance,
+    hm_iou,
+    iou_distance,
+    iou_majority,
+    sample_diversity,
+    soft_dice,
+    vote_histogram,
+)
+
+__all__ = [
+    "METRICS",
+    "calibration_bins",
+    "calibration_error",
+    "dice_majority",
+    "evaluate",
+    "evaluate_counts",
+    "expected_calibration_error",
+    "generalized_energy_distance",
+    "hm_iou",
+    "iou_distance",
+    "iou_majority",
+    "sample_diversity",
+    "soft_dice",
+    "vote_histogram",
+]
