@@ -66,14 +66,14 @@ def test_overlap(benchmark, isa, kind):
     raters, samples = masks(kind)
     with cpp.use_isa(isa):
         assert torch.equal(ops.overlap(raters, samples), ops.overlap(raters, samples, backend="reference"))
-        timed(benchmark, lambda: ops.overlap(raters, samples), iterations=10)
+        timed(benchmark, lambda: ops.overlap(raters, samples), rounds=2000)
 
 
 @kinds
 def test_ged_and_hm_iou(benchmark, kind):
     raters, samples = masks(kind)
     assert ours(raters, samples) == pytest.approx(published(raters[0].numpy(), samples[0].numpy()), abs=1e-12)
-    timed(benchmark, lambda: ours(raters, samples), iterations=10)
+    timed(benchmark, lambda: ours(raters, samples), rounds=2000)
 
 
 @kinds
