@@ -134,7 +134,7 @@ def test_a_run_leaves_what_it_promises(run):
     ]
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [10, 20, 30, 40, 50, 60]
-    seen = [line for line in lines if "validation_generalized_energy_distance" in line]
+    seen = [line for line in lines if "validation_ged" in line]
     assert [line["step"] for line in seen] == [30, 60]
     assert all(0 <= line["validation_hm_iou"] <= 1 for line in seen)
     model = bf.load(run / "model.safetensors")

@@ -24,15 +24,7 @@ from berdiff_fast.model import BerDiff
 from berdiff_fast.sampler import sample
 
 #: What is told of every slice; see ``metrics``.
-NUMBERS = (
-    "generalized_energy_distance",
-    "hm_iou",
-    "soft_dice",
-    "dice_majority",
-    "iou_majority",
-    "sample_diversity",
-    "expected_calibration_error",
-)
+NUMBERS = ("ged", "hm_iou", "soft_dice", "dice_majority", "iou_majority", "sample_diversity", "ece")
 #: Predictors that look at the raters: yardsticks, not models.
 YARDSTICKS = ("perfect", "majority", "empty")
 TABLES = ("csv", "parquet")
@@ -90,11 +82,11 @@ def sample_slices(
 
 
 def measure(raters: torch.Tensor, samples: torch.Tensor, counts: Sequence[int] = ()) -> list[dict[str, float]]:
-    """One dict for each image: ``NUMBERS`` of all samples, and GED of the first ``counts`` of them as ``..._of_8``."""
+    """One dict for each image: ``NUMBERS`` of all samples, and GED of the first ``counts`` of them as ``ged_of_8``."""
     n = samples.shape[1]
     columns = dict(metrics.evaluate(raters, samples, NUMBERS))
-    fewer = metrics.evaluate_counts(raters, samples, [c for c in counts if c < n], ["generalized_energy_distance"])
-    columns |= {f"generalized_energy_distance_of_{c}": v["generalized_energy_distance"] for c, v in fewer.items()}
+    fewer = metrics.evaluate_counts(raters, samples, [c for c in counts if c < n], ["ged"])
+    columns |= {f"ged_of_{c}": v["ged"] for c, v in fewer.items()}
     return [{k: float(v[i]) for k, v in columns.items()} for i in range(len(raters))]
 
 
@@ -224,7 +216,7 @@ def evaluate(
     for p in predictors_seen:
         numbers = [row[p] for row in rows]
         summary[p] = summarize(numbers)
-        summary[p]["expected_calibration_error_pooled"] = float(metrics.calibration_error(torch.from_numpy(pooled[p])))
+        summary[p]["ece_pooled"] = float(metrics.calibration_error(torch.from_numpy(pooled[p])))
         summary[p]["interval_95"] = {k: _interval([r[k] for r in numbers], groups) for k in NUMBERS[:3]}
     _write_table(output, table, rows)
     if save_masks:
@@ -244,7 +236,7 @@ def as_text(summary: dict[str, Any]) -> str:
     ]
     for p, title in (("model", "model"), *((y, f"yardstick: {y}") for y in YARDSTICKS)):
         lines.append(f"{title:24s}" + "".join(f"{summary[p][k]:11.3f}" for k in NUMBERS[:6]))
-    low, high = summary["model"]["interval_95"]["generalized_energy_distance"]
+    low, high = summary["model"]["interval_95"]["ged"]
     lines.append(f"GED of the model: 95 % interval {low:.3f} to {high:.3f} (bootstrap over patients)")
     fewer = {k.rpartition("_")[2]: v for k, v in summary["model"].items() if "_of_" in k}
     if fewer:
@@ -308,16 +300,13 @@ def _draw_cases(path: Path, slices: RaterDataset, rows: Sequence[dict[str, Any]]
         figures.require_matplotlib()
     except ImportError:
         return
-    ordered = sorted(rows, key=lambda row: row["model"]["generalized_energy_distance"])
+    ordered = sorted(rows, key=lambda row: row["model"]["ged"])
     cases = {"best": ordered[0], "median": ordered[len(ordered) // 2], "worst": ordered[-1]}
     images, raters = slices.batch([row["index"] for row in cases.values()])
     width = slices.image_size[1]
     packed = np.stack([kept[row["index"]] for row in cases.values()])
     samples = torch.from_numpy(np.unpackbits(packed, axis=-1, count=width).astype(bool))
-    labels = [
-        f"{case}: slice {row['index']}, GED {row['model']['generalized_energy_distance']:.3f}"
-        for case, row in cases.items()
-    ]
+    labels = [f"{case}: slice {row['index']}, GED {row['model']['ged']:.3f}" for case, row in cases.items()]
     figures.contact_sheet(
         path, images[:, 0].float(), samples[:, :, 0], raters=raters[:, :, 0], labels=labels, title="Best, median, worst"
     )

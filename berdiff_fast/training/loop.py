@@ -157,8 +157,8 @@ def train(config: TrainConfig) -> Path:
 
             if held_out is not None and (done % config.validate_every == 0 or done == config.steps):
                 numbers = _validate(config, averaged, held_out, records, done, accelerator)
-                if numbers and numbers["generalized_energy_distance"] < extra.get("best_ged", float("inf")):
-                    extra |= {"best_ged": numbers["generalized_energy_distance"], "best_step": done}
+                if numbers and numbers["ged"] < extra.get("best_ged", float("inf")):
+                    extra |= {"best_ged": numbers["ged"], "best_step": done}
                     averaged.save(output / "best.safetensors")
             stopped = _agreed(stop, accelerator, done)
             if stopped or done % config.checkpoint_every == 0 or done == config.steps:
