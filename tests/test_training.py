@@ -153,7 +153,7 @@ def test_previews_and_tensorboard(run):
 def test_the_loss_falls(run):
     losses = [json.loads(line).get("loss") for line in (run / "log.jsonl").read_text().splitlines()]
     losses = [x for x in losses if x is not None]
-    assert losses[0] < 1.5 and losses[-1] < 0.7 * losses[0]
+    assert losses[0] < 1.5 and losses[-1] < 0.85 * losses[0]
 
 
 def test_the_saved_config_is_the_run(run, data):
@@ -439,9 +439,9 @@ def test_bad_runs(data, tmp_path, case):
 
 def test_a_checkpoint_of_another_run(data, tmp_path):
     loop.train(config(data, tmp_path, steps=4))
-    message = r"belongs to another config \(channel_mult was \[1\] and is \[2\]; learning_rate was 0.002 and is 0.001\)"
+    message = r"belongs to another config \(channel_mult was \[1\] and is \[2\]; learning_rate was 0.001 and is 0.002\)"
     with pytest.raises(ValueError, match=message):
-        loop.train(config(data, tmp_path, steps=4, channel_mult=[2], learning_rate=1e-3))
+        loop.train(config(data, tmp_path, steps=4, channel_mult=[2], learning_rate=2e-3))
     # The same config, and yet another architecture: data with another number of channels.
     found = checkpoints.newest(tmp_path / "checkpoints")
     assert found is not None
