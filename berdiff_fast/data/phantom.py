@@ -22,7 +22,7 @@ from torch import Tensor
 
 from berdiff_fast import checks, metrics, rng
 
-#: Lengths below are in pixels of a slice of this size; other sizes scale with it.
+#: Lengths below are in units of which a slice shows this many from side to side, unless another ``field`` is asked for.
 _TEMPLATE = 64
 _SMALLEST = 32
 _LOWEST, _HIGHEST = 0.1, 0.9  # the range of a and b
@@ -58,7 +58,9 @@ class Phantom:
     rater_modes: Tensor
 
 
-def generate(count: int, size: int = 64, *, raters: int = 4, seed: int = 0, first: int = 0) -> Phantom:
+def generate(
+    count: int, size: int = 64, *, raters: int = 4, seed: int = 0, first: int = 0, field: int = _TEMPLATE
+) -> Phantom:
     """Make images ``first`` ... ``first + count - 1`` of the endless sequence that belongs to ``seed``.
 
     Image i is the same whatever ``count`` and ``first`` it is asked for with, and its rater r is the same
@@ -71,6 +73,8 @@ def generate(count: int, size: int = 64, *, raters: int = 4, seed: int = 0, firs
         raters: draws for each image, at least 1.
         seed: any int; it is taken modulo 2^64.
         first: index of the first image, at least 0.
+        field: how much a slice shows, at least 64: with 128, a nodule takes half as many pixels of the same size. What
+            lies beyond 64 is lung and chest wall.
 
     Returns:
         A batch on the CPU.
@@ -84,6 +88,7 @@ def generate(count: int, size: int = 64, *, raters: int = 4, seed: int = 0, firs
     checks.integer("raters", raters, 1)
     checks.integer("seed", seed)
     checks.integer("first", first, 0)
+    checks.integer("field", field, _TEMPLATE)
 
     seeds = rng.image_seeds(seed + first * _SPLITMIX64_STEP, count)
     draw = _drawer(seeds, _TAG_GEOMETRY, 32)
@@ -93,9 +98,9 @@ def generate(count: int, size: int = 64, *, raters: int = 4, seed: int = 0, firs
     a = _round24(draw(_LOWEST, _HIGHEST))
     b = _round24(draw(_LOWEST, _HIGHEST))
 
-    axis = (torch.arange(size, dtype=torch.float32) + 0.5) * (_TEMPLATE / size) - _TEMPLATE / 2
+    axis = (torch.arange(size, dtype=torch.float32) + 0.5) * (field / size) - field / 2
     slice_x, slice_y = axis.view(1, 1, -1), axis.view(1, -1, 1)
-    # The nodule reaches less than 23 from its centre, and half the slice is 32.
+    # The nodule reaches less than 23 from its centre, and half the slice is 32 or more.
     centre_x, centre_y = draw(-8.0, 8.0), draw(-8.0, 8.0)
     x, y = slice_x - centre_x, slice_y - centre_y
 
@@ -113,14 +118,14 @@ def generate(count: int, size: int = 64, *, raters: int = 4, seed: int = 0, firs
     lobe_bumps = [(draw(-limit, limit), draw(-limit, limit)) for limit in (0.06, 0.03)]
     lobe = _distance(x - to_x * reach, y - to_y * reach, draw(4.5, 6.0), lobe_bumps)
 
-    image = _lung(seeds, slice_x, slice_y)
+    image = _lung(seeds, slice_x, slice_y, field)
     image = _blend(image, _wall(x, y, draw), _WALL, 3.0)
     # The denser of rim and lobe wins where they meet, so neither hides the other; and vessels stay visible
     # through both, which is what makes an opacity a ground-glass one.
     for part, probability in ((rim, a), (lobe, b)):
         image = torch.maximum(image, _blend(image, part, _level(probability), 2.5))
     image = _blend(image, core, _CORE + draw(-0.06, 0.06), 3.5)
-    image = image + 0.16 * _smooth_noise(seeds, size, 4, _TAG_FINE) + 0.05 * _grain(seeds, size)
+    image = image + 0.16 * _smooth_noise(seeds, size, field, 4, _TAG_FINE) + 0.05 * _grain(seeds, size)
 
     in_core, in_rim, in_lobe = core <= 0, rim <= 0, lobe <= 0
     modes = torch.stack([in_core, in_rim, in_core | in_lobe, in_rim | in_lobe], dim=1).unsqueeze(2)
@@ -225,9 +230,9 @@ def _wall(x: Tensor, y: Tensor, draw: Callable[[float, float], Tensor]) -> Tenso
     return radius - (along_x * along_x + along_y * along_y).sqrt()
 
 
-def _lung(seeds: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def _lung(seeds: Tensor, x: Tensor, y: Tensor, field: int) -> Tensor:
     """Parenchyma of slowly varying density, crossed by vessels: (N, H, W)."""
-    image = _LUNG + 0.14 * _smooth_noise(seeds, x.shape[-1], 16, _TAG_COARSE)
+    image = _LUNG + 0.14 * _smooth_noise(seeds, x.shape[-1], field, 16, _TAG_COARSE)
     draw = _drawer(seeds, _TAG_VESSELS, 8 * _VESSELS)
     vessels = torch.zeros_like(image)
     for index in range(_VESSELS):
@@ -245,12 +250,12 @@ def _lung(seeds: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return image + vessels
 
 
-def _smooth_noise(seeds: Tensor, size: int, pitch: int, tag: int) -> Tensor:
-    """Random values in [-1, 1) on a lattice of ``pitch`` pixels, joined by cubic B-splines: (N, H, W)."""
-    nodes = -(-_TEMPLATE // pitch) + 3
+def _smooth_noise(seeds: Tensor, size: int, field: int, pitch: int, tag: int) -> Tensor:
+    """Random values in [-1, 1) on a lattice of ``pitch`` units, joined by cubic B-splines: (N, H, W)."""
+    nodes = -(-field // pitch) + 3
     words = rng.words(seeds, nodes * nodes, tag=tag, stream=rng.STREAM_PHANTOM)
     lattice = rng.uniform(words).view(-1, nodes, nodes) * 2 - 1
-    place = (torch.arange(size, dtype=torch.float32) + 0.5) * (_TEMPLATE / (size * pitch))
+    place = (torch.arange(size, dtype=torch.float32) + 0.5) * (field / (size * pitch))
     offset = (place.unsqueeze(1) - (torch.arange(nodes) - 1)).abs()
     inner, outer = (1 - offset).clamp_min(0), (2 - offset).clamp_min(0)
     weights = (outer * outer * outer - 4 * (inner * inner * inner)) / 6  # (size, nodes)
