@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import safetensors.torch
@@ -17,6 +19,7 @@ from torch import nn
 
 from berdiff_fast import NoiseSchedule
 from berdiff_fast.backends import select
+from berdiff_fast.data import phantom
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 
@@ -60,6 +63,25 @@ def data_path(name: str) -> Path:
 def golden(name: str) -> dict[str, torch.Tensor]:
     """The tensors of ``shared/golden/<name>.safetensors``."""
     return safetensors.torch.load_file(golden_path(f"{name}.safetensors"))
+
+
+def phantom_file(path: Path, first: int, count: int) -> Path:
+    """Phantoms of 32 x 32 with four raters, a patient each, as an HDF5 file of slices."""
+    cases = phantom.generate(count, 32, seed=1, first=first)
+    with h5py.File(path, "w") as file:
+        file["image"] = ((cases.images[:, 0] + 1) * 127.5).round().to(torch.uint8).numpy()
+        file["mask"] = cases.raters[:, :, 0].to(torch.uint8).numpy()
+        file["patient_id"] = np.arange(first, first + count)
+    return path
+
+
+#: For processes that tests start: one thread, since with several the sums in convolutions may differ from run to run.
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 
 # ---------------------------------------------------------------------- probabilities

@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import resource
 import signal
 import subprocess
@@ -15,15 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from support import ENVIRONMENT, phantom_file
 
 import berdiff_fast as bf
 from berdiff_fast import cli
-from berdiff_fast.data import phantom
 from berdiff_fast.training import checkpoints
 from berdiff_fast.training.config import TrainConfig, add_arguments, bundled_configs, from_arguments, read_yaml
 
@@ -47,15 +45,10 @@ TINY = dict(
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("phantoms")
-    paths = {}
-    for name, first, count in (("train_data", 0, 24), ("val_data", 100, 8)):
-        p = phantom.generate(count, 32, seed=1, first=first)
-        paths[name] = str(folder / f"{name}.h5")
-        with h5py.File(paths[name], "w") as file:
-            file["image"] = ((p.images[:, 0] + 1) * 127.5).round().to(torch.uint8).numpy()
-            file["mask"] = p.raters[:, :, 0].to(torch.uint8).numpy()
-            file["patient_id"] = np.arange(first, first + count)
-    return paths
+    return {
+        "train_data": str(phantom_file(folder / "train.h5", 0, 24)),
+        "val_data": str(phantom_file(folder / "val.h5", 100, 8)),
+    }
 
 
 def config(data, output, **changes) -> TrainConfig:
@@ -74,15 +67,6 @@ def arguments(config: TrainConfig) -> list[str]:
         elif value != "":
             words += [option, str(value)]
     return words
-
-
-#: One thread: with several, sums in convolutions may differ from run to run.
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-    "CUDA_VISIBLE_DEVICES": "",
-}
 
 
 def start(words: list[str], **options) -> subprocess.Popen:
@@ -327,8 +311,8 @@ def test_two_processes_train_what_one_does(data, tmp_path):
     def run(processes: int) -> Path:
         output = tmp_path / str(processes)
         words = arguments(config(data, output, steps=30, val_data=data["val_data"], validation_slices=4))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        command = [*launcher, "--master-port", "0", "-m", "berdiff_fast.cli", *words, "--validation-samples", "2"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [*launcher, "-m", "berdiff_fast.cli", *words, "--validation-samples", "2"]
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return output

@@ -203,7 +203,7 @@ def evaluate(
     pooled = {p: np.sum([b[p] for b in all_bins if p in b], axis=0) for p in predictors_seen}
     groups = np.array([row.get("patient_id", row["index"]) for row in rows])
     summary: dict[str, Any] = {
-        "model": {"name": name, "sha256": _fingerprint(model)},
+        "weights": {"name": name, "sha256": _fingerprint(model)},
         "data": {"file": slices.path.name, "slices": len(rows), "of": len(slices), "patients": len(np.unique(groups))},
         "sampling": {"n": n, "seed": seed, "batch": batch, **options},
         "versions": {
