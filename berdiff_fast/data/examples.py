@@ -30,12 +30,15 @@ class Augmentation:
         rotate90: turn by a random multiple of 90 degrees (square images).
         rotate: turn by up to this many degrees either way.
         scale: enlarge or shrink by up to this fraction, uniform in the logarithm.
+        crop: take a square of this many pixels; its place is the mean of two uniform ones, so mostly near the middle,
+            where data sets of pre-cut slices have what matters. 0: no cropping.
     """
 
     flip: bool = False
     rotate90: bool = False
     rotate: float = 0.0
     scale: float = 0.0
+    crop: int = 0
 
     def __call__(
         self, img: torch.Tensor, mask: torch.Tensor, random: np.random.Generator
@@ -44,6 +47,7 @@ class Augmentation:
         # All numbers are drawn whatever is switched on, so that options do not change each other's.
         mirror, turns = random.random(2) < 0.5, int(random.integers(4))
         angle, zoom = random.uniform(-1, 1, 2)
+        place = random.random((2, 2)).mean(1)
         if self.rotate or self.scale:
             img, mask = self._affine(img, mask, angle * self.rotate, (1 + self.scale) ** zoom)
         axes = [axis for axis, m in zip((-2, -1), mirror, strict=True) if m and self.flip]
@@ -51,6 +55,9 @@ class Augmentation:
             img, mask = img.flip(axes), mask.flip(axes)
         if self.rotate90 and turns:
             img, mask = img.rot90(turns, (-2, -1)), mask.rot90(turns, (-2, -1))
+        if self.crop:
+            y, x = (int(u * (size - self.crop + 1)) for u, size in zip(place, img.shape[-2:], strict=True))
+            img, mask = (a[..., y : y + self.crop, x : x + self.crop] for a in (img, mask))
         return img, mask
 
     @staticmethod

@@ -44,6 +44,10 @@ class TrainConfig:
     in_memory: bool = _option(True, "read the data files at once")
     workers: int = _option(0, "processes that prepare batches; 0: the training process itself")
 
+    initial_weights: str = _option(
+        "", "model to start from, of the same architecture: a file, directory or bundled name"
+    )
+
     # Network (the published U-Net)
     model_channels: int = _option(32, "width of the first level, a multiple of norm_groups")
     channel_mult: list[int] = _option([1, 1, 2, 3], "width of each level in units of model_channels")
@@ -73,6 +77,7 @@ class TrainConfig:
     rotate90: bool = _option(True, "random multiples of 90 degrees")
     rotate: float = _option(0.0, "random rotation by up to this many degrees")
     scale: float = _option(0.0, "random zoom by up to this fraction")
+    crop: int = _option(0, "train on random squares of this many pixels, mostly from the middle; 0: whole slices")
 
     # Optimisation
     steps: int = _option(4000, "optimiser steps")
@@ -110,7 +115,7 @@ class TrainConfig:
         least = {
             **dict.fromkeys(("steps", "batch_size", "accumulation", "log_every", "validate_every", "keep"), 1),
             **dict.fromkeys(("validation_slices", "validation_samples", "validation_steps", "checkpoint_every"), 1),
-            **dict.fromkeys(("workers", "warmup", "seed"), 0),
+            **dict.fromkeys(("workers", "warmup", "seed", "crop"), 0),
         }
         for name, minimum in least.items():
             checks.integer(name, getattr(self, name), minimum)
@@ -138,6 +143,9 @@ class TrainConfig:
             )
         if len(self.window) not in (0, 2):
             raise ValueError(f"window must be LOW HIGH or nothing, got {self.window}")
+        factor = self.patch_size * 2 ** (len(self.channel_mult) - 1)
+        if self.crop % factor:
+            raise ValueError(f"crop must be a multiple of {factor}, which the network halves down to, got {self.crop}")
         # What the parts themselves check: names and numbers of the schedule, the network and the window.
         self.build_schedule().subsequence(self.validation_steps, self.validation_spacing)
         self.build_model(mask_channels=1, img_channels=1, meta=True)
@@ -170,7 +178,7 @@ class TrainConfig:
 
     def augmentation(self) -> Augmentation:
         """The random changes of training images."""
-        return Augmentation(self.flip, self.rotate90, self.rotate, self.scale)
+        return Augmentation(self.flip, self.rotate90, self.rotate, self.scale, self.crop)
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of step 0, 1, ...: linear warm-up, then constant or a quarter cosine to 0."""

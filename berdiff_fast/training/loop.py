@@ -26,7 +26,7 @@ from berdiff_fast import ops, rng
 from berdiff_fast.data.examples import TrainingExamples
 from berdiff_fast.data.hdf5 import RaterDataset, check_disjoint
 from berdiff_fast.files import write_text
-from berdiff_fast.model import BerDiff
+from berdiff_fast.model import BerDiff, load
 from berdiff_fast.training import checkpoints, evaluate
 from berdiff_fast.training.config import TrainConfig
 from berdiff_fast.training.records import Records
@@ -69,6 +69,8 @@ def train(config: TrainConfig) -> Path:
     torch.manual_seed(rng.signed64(rng.splitmix64(config.seed, 0)))
     model = config.build_model(slices.mask_channels, slices.img_channels)
     assert model.preprocessing is not None
+    if config.initial_weights:
+        _start_from(config.initial_weights, model)
     model.to(accelerator.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -177,6 +179,8 @@ def _check_data(config: TrainConfig, slices: RaterDataset, held_out: RaterDatase
     for data in filter(None, (slices, held_out)):
         if any(size % factor for size in data.image_size):
             raise ValueError(f"{data.path}: images must have sides divisible by {factor}, got {data.image_size}")
+        if config.crop > min(data.image_size):
+            raise ValueError(f"crop must be at most the images of {data.path}, {data.image_size}, got {config.crop}")
         if data.image_size[0] != data.image_size[1] and config.rotate90 and data is slices:
             raise ValueError(f"rotate90 needs square images, and {data.path} has {data.image_size}")
     if held_out is not None:
@@ -187,6 +191,18 @@ def _check_data(config: TrainConfig, slices: RaterDataset, held_out: RaterDatase
                     f"val_data must have the {name} of train_data, {getattr(slices, name)}, got "
                     f"{getattr(held_out, name)}"
                 )
+
+
+def _start_from(name_or_path: str, model: BerDiff) -> None:
+    former = load(name_or_path)
+    if former.prediction != model.prediction:
+        raise ValueError(f"initial_weights: {name_or_path} predicts {former.prediction}, the config {model.prediction}")
+    try:
+        model.network.load_state_dict(former.network.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"initial_weights: {name_or_path} is of another architecture: {' '.join(str(error).split())}"
+        ) from None
 
 
 def _warmed_up_ema(decay: float):
