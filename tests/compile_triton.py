@@ -59,6 +59,18 @@ COMBINATIONS = {
         for y, z in (("u8", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"))
         for y0 in (False, True)
     ],
+    "loss_kernel": [
+        (
+            {
+                **{"gradient": f"*{g}", "logits": f"*{z}", "y_t": f"*{y}", "y_0": f"*{y}", "ignore": "*u8"},
+                **{"columns": "*fp64", "kept": "*i64", "partial": "*fp32", **SHAPE},
+            },
+            {"PREDICTS_Y0": y0, "IGNORES": ignores, **({} if ignores else {"ignore": None, "kept": None})},
+        )
+        for g, z, y in (("fp32", "fp32", "u8"), ("bf16", "bf16", "bf16"), ("fp32", "fp16", "fp16"))
+        for y0, ignores in ((False, False), (True, True))
+    ],
+    "loss_value_kernel": [({"value": "*fp32", "partial": "*fp32", "chunks_per_row": "i64"}, {"BLOCK": 128})],
 }
 
 
@@ -68,7 +80,8 @@ def main() -> None:
     for name, combinations in COMBINATIONS.items():
         kernel = getattr(kernels, name)
         for types, constants in combinations:
-            constants = {**constants, "BLOCKS": kernels.BLOCKS}
+            if "BLOCKS" in kernel.arg_names:
+                constants = {**constants, "BLOCKS": kernels.BLOCKS}
             signature = {a: "constexpr" if a in constants else types[a] for a in kernel.arg_names}
             source = ASTSource(
                 fn=kernel,

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <numeric>
 
 #include "bindings/ops.h"
 #include "cpu/dispatch.h"
@@ -36,6 +37,12 @@ struct CpuBackend {
     }
     static void posterior(const PosteriorArguments& a, std::int64_t threads) {
         run(kernels().posterior, a, 1, a.size, threads);
+    }
+    static void loss(const LossArguments& a, std::int64_t threads) {
+        run(kernels().loss, a, a.rows, a.pixels, threads);
+        const double* partial = a.partial;
+        for (std::int64_t row = 0; row < a.rows; ++row, partial += a.tiles_per_row())
+            a.value[row] = static_cast<float>(std::accumulate(partial, partial + a.tiles_per_row(), 0.0));
     }
 };
 

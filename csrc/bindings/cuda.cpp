@@ -16,6 +16,7 @@ struct CudaBackend {
     static void q_sample(const QSampleArguments& a, std::int64_t stream) { cuda::q_sample(a, pointer(stream)); }
     static void step(const StepArguments& a, std::int64_t stream) { cuda::step(a, pointer(stream)); }
     static void posterior(const PosteriorArguments& a, std::int64_t stream) { cuda::posterior(a, pointer(stream)); }
+    static void loss(const LossArguments& a, std::int64_t stream) { cuda::loss(a, pointer(stream)); }
 
 private:
     static void* pointer(std::int64_t stream) { return reinterpret_cast<void*>(stream); }

@@ -55,6 +55,10 @@ struct PortableLanes : ScalarLanes {
         BERDIFF_UNROLL
         for (int j = 0; j < 4; ++j) p[j] = x[j];
     }
+    static BERDIFF_FN void store(BFloat16* p, const F (&x)[4]) {
+        BERDIFF_UNROLL
+        for (int j = 0; j < 4; ++j) p[j].bits = static_cast<std::uint16_t>(bfloat16_bits<PortableLanes>(x[j]));
+    }
 
 private:
     static BERDIFF_FN F half_to_float(std::uint32_t half) {
