@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""The step kernel on an NVIDIA GPU, as a share of the copy bandwidth measured in the same run; writes JSON.
+"""The step and loss kernels on an NVIDIA GPU, as a share of the copy bandwidth measured in the same run; writes JSON.
 
     python benchmarks/kernels_gpu.py --output benchmarks/results/gpu.json
 
-Bits are compared with the reference before anything is timed. Times are medians of CUDA events.
+Results are compared with the reference before anything is timed. Times are medians of CUDA events.
 """
 
 from __future__ import annotations
@@ -74,6 +74,35 @@ def step_case(backend: str, masks: int, size: int, logits: torch.dtype, mask: to
     }
 
 
+def loss_case(backend: str, masks: int, size: int, logits: torch.dtype, mask: torch.dtype, bandwidth: float) -> dict:
+    """Value and gradient: reads logits and two masks, writes the gradient."""
+    torch.manual_seed(0)
+    z = torch.randn(masks, 1, size, size, device="cuda", dtype=torch.float32).mul_(3).to(logits)
+    y_t, y_0 = ((torch.rand(masks, 1, size, size, device="cuda") < 0.5).to(mask) for _ in range(2))
+    rows = SCHEDULE.loss_rows(torch.randint(SCHEDULE.timesteps, (masks,), device="cuda"))
+
+    def loss(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.berdiff_fast.diffusion_loss(z, y_t, y_0, rows, None, "epsilon", name)
+
+    few = min(masks, 16)
+    arguments = [x[:few].cpu() for x in (z, y_t, y_0, rows)]
+    expected = torch.ops.berdiff_fast.diffusion_loss(
+        arguments[0].double(), *arguments[1:], None, "epsilon", "reference"
+    )
+    for a, b, rtol in zip(loss(backend), expected, (1e-6, 1e-6 if logits is torch.float32 else 4e-3), strict=True):
+        torch.testing.assert_close(a[:few].cpu().double(), b, rtol=rtol, atol=0)
+    milliseconds = median_ms(lambda: loss(backend))
+    moved = z.numel() * 2 * (z.element_size() + y_t.element_size())
+    return {
+        "case": f"loss {masks} x {size} x {size}, logits {logits}, masks {mask}",
+        "backend": backend,
+        "ms": milliseconds,
+        "bytes": moved,
+        "GB_per_s": moved / milliseconds / 1e6,
+        "share_of_copy": moved / (milliseconds * 1e-3) / bandwidth,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True)
@@ -81,14 +110,18 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     report: dict = {"machine": collect(), "copy_GB_per_s": bandwidth / 1e9, "cases": []}
     for backend in ("cuda", "triton", "reference"):
-        for masks, size, logits, mask in (
-            (4096, 256, torch.bfloat16, torch.bool),
-            (4096, 256, torch.bfloat16, torch.bfloat16),
-            (16, 128, torch.bfloat16, torch.bfloat16),
+        for kernel, masks, size, logits, mask in (
+            (step_case, 4096, 256, torch.bfloat16, torch.bool),
+            (step_case, 4096, 256, torch.bfloat16, torch.bfloat16),
+            (step_case, 16, 128, torch.bfloat16, torch.bfloat16),
+            (loss_case, 4096, 256, torch.float32, torch.bool),
+            (loss_case, 4096, 256, torch.float32, torch.float32),
+            (loss_case, 4096, 256, torch.bfloat16, torch.bfloat16),
+            (loss_case, 16, 128, torch.float32, torch.float32),
         ):
             if not select.can_run(backend, "cuda") or (backend == "reference" and masks > 16):
                 continue
-            case = step_case(backend, masks, size, logits, mask, bandwidth)
+            case = kernel(backend, masks, size, logits, mask, bandwidth)
             print(f"{case['backend']:10s} {case['ms']:9.4f} ms  {case['share_of_copy']:6.1%} of copy  {case['case']}")
             # After every case: a run that is cut short keeps what it measured.
             report["cases"].append(case)

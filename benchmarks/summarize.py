@@ -28,8 +28,9 @@ def main(path: str) -> None:
         ratio = f"{stats['median'] / ours:.2f}" if pixels else ""
         spread = stats["iqr"] / stats["median"]
         print(f"| {name} | {stats['median'] * 1e6:.1f} us | {per_pixel} | {spread:.0%} | {ratio} |")
-    for name, ratio in cases["ratios"]["extra_info"]["ratios"].items():
-        print(f"\nstep, against {name}, taken in turns: {ratio:.2f} times as fast")
+    for op, case in (("step", "ratios"), ("loss, forward and backward", "loss_ratios")):
+        for name, ratio in cases.get(case, {"extra_info": {"ratios": {}}})["extra_info"]["ratios"].items():
+            print(f"\n{op}, against {name}, taken in turns: {ratio:.2f} times as fast")
     for name, case in cases.items():
         if "ratio" in case["extra_info"]:
             print(f"\nGED and HM-IoU, {name}, against as published: {case['extra_info']['ratio']:.0f} times as fast")

@@ -9,10 +9,12 @@ Every case checks its result against the reference before it is timed.
 
 from __future__ import annotations
 
+import functools
 import time
 
 import pytest
 import torch
+from plain_loss import plain_loss
 from published_step import ddim_step
 
 from berdiff_fast import NoiseSchedule, image_seeds, ops
@@ -48,6 +50,35 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def loss_inputs(dtype: torch.dtype = torch.float32):
+    """Logits, y_t, y_0 and t as a training step has them; from t = 60 on, where the plain chain's 1e-7 shows little."""
+    y_0, z, _ = inputs(dtype, torch.float32)
+    t = torch.arange(60, 1000, 60)
+    return z.requires_grad_(), ops.q_sample(y_0, t, image_seeds(0, 16), SCHEDULE), y_0, t
+
+
+def loss_and_gradient(function, z, *arguments):
+    """Forward and backward, through autograd."""
+    value = function(z, *arguments, SCHEDULE)
+    return value, torch.autograd.grad(value.sum(), z)[0]
+
+
+def assert_close_loss(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-2 * float(b.detach().abs().mean()))
+
+
+@pytest.fixture(scope="module")
+def compiled_plain_loss():
+    """The plain chain by torch.compile, or why not."""
+    compiled = torch.compile(plain_loss)
+    try:
+        loss_and_gradient(compiled, *loss_inputs())
+    except Exception as error:  # no C++ compiler that it finds, as a rule
+        pytest.skip(f"torch.compile failed: {type(error).__name__}: {error}")
+    return compiled
 
 
 @pytest.mark.parametrize("isa", cpp.available_isas())
@@ -112,6 +143,47 @@ def test_rand_less_than_p(benchmark):
     timed(benchmark, lambda: torch.rand_like(p) < p)
 
 
+@pytest.mark.parametrize("isa", cpp.available_isas())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loss(benchmark, isa, dtype):
+    """The kernel alone: value and gradient, float32 masks."""
+    z, y_t, y_0, t = loss_inputs(getattr(torch, dtype))
+    rows, op = SCHEDULE.loss_rows(t), torch.ops.berdiff_fast.diffusion_loss
+    expected = op(z.detach().double(), y_t, y_0, rows, None, "epsilon", "reference")
+    with cpp.use_isa(isa), torch.no_grad():
+        value, gradient = op(z, y_t, y_0, rows, None, "epsilon", "cpp")
+        torch.testing.assert_close(value.double(), expected[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient.double(), expected[1], rtol=1e-6 if dtype == "float32" else 4e-3, atol=0)
+        timed(benchmark, lambda: op(z, y_t, y_0, rows, None, "epsilon", "cpp"))
+
+
+@pytest.mark.parametrize("case", ["ours", "reference", "plain", "compiled"])
+def test_loss_forward_and_backward(benchmark, case, request):
+    """Through autograd: the op, its reference, the plain PyTorch chain, and that chain compiled."""
+    inputs = loss_inputs()
+    functions = {
+        "ours": ops.diffusion_loss,
+        "reference": functools.partial(ops.diffusion_loss, backend="reference"),
+        "plain": plain_loss,
+    }
+    function = functions[case] if case in functions else request.getfixturevalue("compiled_plain_loss")
+    assert_close_loss(loss_and_gradient(function, *inputs), loss_and_gradient(ops.diffusion_loss, *inputs))
+    timed(benchmark, lambda: loss_and_gradient(function, *inputs), rounds=100 if case == "ours" else 20)
+
+
+def test_loss_ratios(benchmark, compiled_plain_loss):
+    """Forward and backward against the baselines, taken in turns. Medians of the ratios."""
+    inputs = loss_inputs()
+    in_turns(
+        benchmark,
+        lambda: loss_and_gradient(ops.diffusion_loss, *inputs),
+        {
+            "plain PyTorch": lambda: loss_and_gradient(plain_loss, *inputs),
+            "plain PyTorch, compiled": lambda: loss_and_gradient(compiled_plain_loss, *inputs),
+        },
+    )
+
+
 def test_ratios(benchmark):
     """The step against its baselines, taken in turns: what a noisy machine can still say. Medians of the ratios."""
     y, z, flag = inputs(torch.float32, torch.float32)
@@ -123,17 +195,17 @@ def test_ratios(benchmark):
         "as published": lambda: ddim_step(alphas_cumprod, y, epsilon, t),
         "plain PyTorch reference": lambda: step(y, z, flag, "reference"),
     }
+    in_turns(benchmark, lambda: step(y, z, flag), baselines)
+
+
+def in_turns(benchmark, ours, baselines) -> None:
     ratios: dict[str, list[float]] = {name: [] for name in baselines}
     for _ in range(30):
         for name, baseline in baselines.items():
-            before, middle, after = (
-                seconds(lambda: step(y, z, flag)),
-                seconds(baseline),
-                seconds(lambda: step(y, z, flag)),
-            )
+            before, middle, after = seconds(ours), seconds(baseline), seconds(ours)
             ratios[name].append(2 * middle / (before + after))
     benchmark.extra_info["ratios"] = {name: sorted(r)[len(r) // 2] for name, r in ratios.items()}
-    timed(benchmark, lambda: step(y, z, flag), rounds=20)
+    timed(benchmark, ours, rounds=20)
 
 
 def seconds(function) -> float:

@@ -20,9 +20,10 @@ from berdiff_fast import checks
 
 #: Samplers: each is a rule to flip bits, see ``NoiseSchedule.step_table``.
 METHODS = ("ddim", "ddpm", "d3pm")
-#: Columns of ``NoiseSchedule.loss_table``; P_not = R - P, Q_not = S - Q, determinant = P S - Q R.
+#: Columns of ``NoiseSchedule.loss_table``: six for epsilon = 0, the same for epsilon = 1, and two weights.
 LOSS_COLUMNS = (
-    *("P", "Q", "R", "S", "P_not", "Q_not", "determinant", "f1", "f0", "f1_not", "f0_not"),
+    *("total_0", "ratio_0", "over_0", "under_0", "p_over_0", "p_under_0"),
+    *("total_1", "ratio_1", "over_1", "under_1", "p_over_1", "p_under_1"),
     *("kl_weight", "bce_weight"),
 )
 SPACINGS = ("uniform", "quadratic", "trailing")
@@ -268,11 +269,13 @@ class NoiseSchedule:
     def loss_table(
         self, *, kl_weight: float = 1.0, bce_weight: float = 1.0, leave_one_out: bool = False
     ) -> torch.Tensor:
-        """What the loss needs to know of each timestep: one row of ``LOSS_COLUMNS`` (docs/math.md, "The loss").
+        """What the loss needs to know of each timestep: one row of ``LOSS_COLUMNS`` (docs/math.md, "Loss").
 
-        With e = P(epsilon = 1), the ancestral step flips with probability f(e) = N / D, N = P e + Q (1 - e),
-        D = R e + S (1 - e), where P, Q, R, S are those of ``step_table(..., "ddpm")`` for neighbouring timesteps; the
-        true one is f1 = P / R where epsilon is 1 and f0 = Q / S where it is 0. Weights come in bits.
+        With w the probability that the network gives to the wrong epsilon, a step flips with probability N / D, both
+        linear in w, and so is M = D - N. Of the two outcomes, to flip and to stay, the network makes one likelier than
+        it is ("over") and one less likely ("under"). Divided by their values at w = 0: D is 1 - w + total w, the N or M
+        of "under" is 1 - w + ratio w, and predicted / true probability is 1 + over w / D and 1 + under w / D. The true
+        ones are p_over and p_under. Weights come in bits.
 
         Args:
             kl_weight, bce_weight: of the two terms (BerDiff, eq. 8: 1 and lambda). At t = 0 the KL term is the
@@ -281,33 +284,30 @@ class NoiseSchedule:
                 have the same minimum, P(epsilon | y_t).
 
         Returns:
-            (T, 13) float64.
+            (T, 14) float64.
         """
         A = self.alphas_cumprod
         A_prev = torch.cat([A.new_ones(1), A[:-1]])
         b, k, c = (1 - self.alphas) / 2, (1 + self.alphas) / 2, (1 - A_prev) / 2
         shift = (1 - A) / (1 + A) if leave_one_out else torch.ones_like(A)
+        # Of the ddpm row of ``step_table``: P and Q, what R and S have besides, and P S - Q R, which rounding would
+        # spoil: A_prev + 2 c = 1.
         P, Q, P_not, Q_not = b * (A_prev + c), b * c * shift, k * c, k * (A_prev + c) * shift
         R, S = P + P_not, Q + Q_not
-        # P S - Q R, which rounding would spoil: A_prev + 2 c = 1.
         determinant = b * k * A_prev * shift
+        zero = [R / S, P_not / Q_not, determinant / (Q * S), -determinant / (Q_not * S), Q / S, Q_not / S]
+        one = [S / R, Q / P, determinant / (P_not * R), -determinant / (P * R), P_not / R, P / R]
         bits = torch.full_like(A, 1 / math.log(2))
-        table = torch.stack(
-            [
-                *(P, Q, R, S, P_not, Q_not, determinant, P / R, Q / S, P_not / R, Q_not / S),
-                *(bits * kl_weight, bits * bce_weight),
-            ],
-            dim=1,
-        )
+        table = torch.stack([*zero, *one, bits * kl_weight, bits * bce_weight], dim=1)
         # No KL at t = 0: numbers that are harmless, weight nothing, and leave the decoder's likelihood to the BCE.
-        table[0] = torch.tensor([0.5, 0.5, 1, 1, 0.5, 0.5, 0, 0.5, 0.5, 0.5, 0.5, 0, 0], dtype=torch.float64)
+        table[0] = torch.tensor([1, 1, 0, 0, 0.5, 0.5] * 2 + [0, 0], dtype=torch.float64)
         table[0, -1] = (kl_weight + bce_weight) / math.log(2)
         return table
 
     def loss_rows(
         self, t: torch.Tensor, *, kl_weight: float = 1.0, bce_weight: float = 1.0, leave_one_out: bool = False
     ) -> torch.Tensor:
-        """Rows of ``loss_table`` for timesteps t (N,) int64, on the device of t: (N, 13) float64.
+        """Rows of ``loss_table`` for timesteps t (N,) int64, on the device of t: (N, 14) float64.
 
         The first call on a GPU copies a table there: make it before a graph is captured.
         """

@@ -74,6 +74,18 @@ COMBINATIONS = {
         )
         for a, b in (("u8", "u8"), ("fp32", "fp32"), ("bf16", "u8"), ("fp16", "fp16"))
     ],
+    "loss_kernel": [
+        (
+            {
+                **{"gradient": f"*{g}", "logits": f"*{z}", "y_t": f"*{y}", "y_0": f"*{y}", "ignore": "*u8"},
+                **{"columns": "*fp64", "kept": "*i64", "partial": "*fp32", **SHAPE},
+            },
+            {"PREDICTS_Y0": y0, "IGNORES": ignores, **({} if ignores else {"ignore": None, "kept": None})},
+        )
+        for g, z, y in (("fp32", "fp32", "u8"), ("bf16", "bf16", "bf16"), ("fp32", "fp16", "fp16"))
+        for y0, ignores in ((False, False), (True, True))
+    ],
+    "loss_value_kernel": [({"value": "*fp32", "partial": "*fp32", "chunks_per_row": "i64"}, {"BLOCK": 128})],
 }
 
 

@@ -56,6 +56,10 @@ def posterior(**options: Any) -> Callable[[], Any]:
     return lambda: ops.posterior(**{"y_t": Y, "logits": Y, "coefficients": torch.ones(4), **options})
 
 
+def loss(**options: Any) -> Callable[[], Any]:
+    return lambda: ops.diffusion_loss(**{"logits": Y, "y_t": Y, "y_0": Y, "t": SEEDS, "schedule": SCHEDULE, **options})
+
+
 def subsequence(*arguments: Any) -> Callable[[], Any]:
     return lambda: SCHEDULE.subsequence(*arguments)
 
@@ -182,6 +186,32 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         BackendUnavailableError,
         "backend 'cuda' cannot run here: .* tensors are on 'cpu'",
     ),
+    # ops.diffusion_loss
+    "loss logits a list": (loss(logits=[0.0]), T, "logits must be a torch.Tensor, got list"),
+    "loss logits dtype": (loss(logits=Y.long()), T, "logits must be float32, .* or float64, got torch.int64"),
+    "loss logits float64": (
+        loss(logits=Y.double(), backend="cpp"),
+        T,
+        "logits must be float32, float16 or bfloat16 for backend 'cpp', got float64",
+    ),
+    "loss logits shape": (loss(logits=Y[..., :3]), V, r"logits must have the shape of y_t, .*4\), got .*3\)"),
+    "loss logits device": (loss(logits=Y.to(META)), V, "logits must be on cpu like the masks, got meta"),
+    "loss y_t": (loss(y_t=Y.long()), T, "y_t must be bool, uint8, float32, .* got torch.int64"),
+    "loss y_0": (loss(y_0=Y.double()), T, "y_0 must be bool, uint8, float32, .* got torch.float64"),
+    "loss y_0 shape": (loss(y_0=Y[:1]), V, r"y_0 must have the shape of y_t, \(2, .*got \(1, "),
+    "loss t dtype": (loss(t=SEEDS.int()), V, r"t must be one-dimensional int64, got shape \(2,\) of torch.int32"),
+    "loss t length": (loss(t=SEEDS[:1]), V, "t must have one timestep for each of the 2 masks of y_t"),
+    "loss t too late": (loss(t=SEEDS + 1000), V, r"t must be in \[0, 1000\), got values from 1000 to 1000"),
+    "loss schedule": (loss(schedule="cosine2"), T, "schedule must be a NoiseSchedule, got str"),
+    "loss prediction": (loss(prediction="x0"), V, "prediction must be 'epsilon' or 'y_0', got 'x0'"),
+    "loss kl_weight": (loss(kl_weight=-1), V, "kl_weight must be a finite number of at least 0, got -1"),
+    "loss bce_weight": (loss(bce_weight=torch.nan), V, "bce_weight must be a finite number of at least 0, got nan"),
+    "loss weights": (loss(weights=torch.ones(999)), V, r"weights must be .*\(1000,\), one for each .*got \(999,\)"),
+    "loss weights a list": (loss(weights=[1.0]), V, r"weights must be a tensor of shape \(1000,\), .*got list"),
+    "loss ignore": (loss(ignore=Y.int()), T, "ignore must be bool, uint8, float32, .* got torch.int32"),
+    "loss ignore a list": (loss(ignore=[True]), T, "ignore must be a torch.Tensor or None, got list"),
+    "loss ignore shape": (loss(ignore=Y[0]), V, r"ignore must have the shape of y_t, .*got \(1, 4, 4\)"),
+    "loss backend": (loss(backend="cuda"), BackendUnavailableError, "backend 'cuda' cannot run here: .*'cpu'"),
     # NoiseSchedule
     "schedule name": (call(NoiseSchedule, "sigmoid"), V, r"name must be one of \['cosine', .*got 'sigmoid'"),
     "schedule short": (call(NoiseSchedule, timesteps=1), V, "timesteps must be at least 2, got 1"),

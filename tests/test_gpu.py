@@ -97,6 +97,28 @@ def test_nan_is_found_on_the_gpu(backend):
         ops.sample_step(y, z, image_seeds(0, 2).cuda(), torch.ones(4, device="cuda"), 5, backend=backend)
 
 
+def test_the_loss_on_the_gpu(backend):
+    """Against float64 on the CPU (test_loss.py has the rest); captured in a graph; equal bits in another batch."""
+    torch.manual_seed(0)
+    t = torch.tensor([0, 1, 500, 999]).repeat(16)
+    z, y_0 = torch.randn(64, 1, 65, 67) * 5, torch.rand(64, 1, 65, 67) < 0.4
+    y_t = ops.q_sample(y_0, t, image_seeds(1, 64), SCHEDULE)
+    rows = SCHEDULE.loss_rows(t)
+    op = torch.ops.berdiff_fast.diffusion_loss
+    expected = op(z.double(), y_t, y_0, rows, None, "epsilon", "reference")
+    on_gpu = [x.cuda() for x in (z, y_t, y_0, rows)]
+    got = op(*on_gpu, None, "epsilon", backend)
+    for a, b in zip(got, expected, strict=True):
+        assert ((a.cpu() - b).abs() / b.abs()).max() < 1e-6
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = op(*on_gpu, None, "epsilon", backend)
+    graph.replay()
+    alone = op(*(x[5:6] for x in on_gpu), None, "epsilon", backend)
+    for a, b, c in zip(got, captured, alone, strict=True):
+        assert torch.equal(a, b) and torch.equal(a[5:6], c)
+
+
 def test_opcheck_and_compile_on_the_gpu(backend):
     y, z = torch.zeros(2, 1, 8, 8, device="cuda"), torch.randn(2, 1, 8, 8, device="cuda")
     seeds, flag = image_seeds(0, 2).cuda(), torch.zeros(1, dtype=torch.int32, device="cuda")

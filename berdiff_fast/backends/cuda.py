@@ -32,6 +32,10 @@ class CudaBackend(NativeBackend):
         with torch.cuda.device_of(out):
             super().overlap(out, *arguments)
 
+    def diffusion_loss(self, value: torch.Tensor, *arguments) -> None:
+        with torch.cuda.device_of(value):
+            super().diffusion_loss(value, *arguments)
+
 
 def _current_stream(out: torch.Tensor) -> int:
     return torch.cuda.current_stream(out.device).cuda_stream

@@ -140,3 +140,39 @@ class NativeBackend:
             math.prod(a.shape[2:]),
             self._context(out),
         )
+
+    def diffusion_loss(
+        self,
+        value: torch.Tensor,
+        gradient: torch.Tensor,
+        logits: torch.Tensor,
+        y_t: torch.Tensor,
+        y_0: torch.Tensor,
+        rows: torch.Tensor,
+        ignore: torch.Tensor | None,
+        kept: torch.Tensor | None,
+        predicts_y0: bool,
+    ) -> None:
+        count = value.shape[0]
+        pixels = gradient.numel() // count
+        partial = rows.new_empty(count * -(-pixels // self.module.loss_tile))
+        self.module.loss(
+            value.data_ptr(),
+            gradient.data_ptr(),
+            TYPES[gradient.dtype],
+            partial.data_ptr(),
+            logits.data_ptr(),
+            TYPES[logits.dtype],
+            y_t.data_ptr(),
+            TYPES[y_t.dtype],
+            y_0.data_ptr(),
+            TYPES[y_0.dtype],
+            0 if ignore is None else ignore.data_ptr(),
+            0 if ignore is None else TYPES[ignore.dtype],
+            rows.data_ptr(),
+            0 if kept is None else kept.data_ptr(),
+            predicts_y0,
+            count,
+            pixels,
+            self._context(value),
+        )

@@ -107,9 +107,13 @@ def posterior(
     out.copy_(torch.where(z.isnan(), z, torch.where(y, 1.0 - flip, flip)))
 
 
-def _log(x: torch.Tensor, one_plus_x: torch.Tensor) -> torch.Tensor:
-    """log(1 + x) of a number known both ways: x is exact near 0, 1 + x near -1."""
-    return torch.where(x.abs() < 0.5, torch.log1p(x), torch.log(one_plus_x))
+def _log_gap(x: torch.Tensor, one_plus_x: torch.Tensor) -> torch.Tensor:
+    """x - log(1 + x) >= 0 of a number known both ways: x is exact near 0, 1 + x near -1."""
+    series = torch.zeros_like(x)
+    for k in range(14, 1, -1):
+        series = 1 / k - x * series
+    log = torch.where(x.abs() < 0.5, torch.log1p(x), torch.log(one_plus_x))
+    return torch.where(x.abs() < 0.1, x * x * series, x - log)
 
 
 @torch.no_grad()
@@ -121,46 +125,39 @@ def diffusion_loss(
     y_0: torch.Tensor,
     rows: torch.Tensor,
     ignore: torch.Tensor | None,
+    kept: torch.Tensor | None,
     predicts_y0: bool,
 ) -> None:
     dtype = value.dtype
-    y = (y_t != 0).flatten(1)
-    epsilon = y ^ (y_0 != 0).flatten(1)
-    z = logits.flatten(1).to(dtype)
-    sign = torch.where(y, -1.0, 1.0).to(dtype) if predicts_y0 else torch.ones((), dtype=dtype, device=z.device)
-    z = z * sign
-    P, Q, R, S, P_not, Q_not, determinant, f1, f0, f1_not, f0_not, kl_weight, bce_weight = rows.to(dtype)[
-        :, :, None
-    ].unbind(1)
+    clean = (y_0 != 0).flatten(1)
+    epsilon = (y_t != 0).flatten(1) ^ clean
+    # The logit of what is so: where it is 0, the sign turns.
+    sign = torch.where(clean if predicts_y0 else epsilon, 1.0, -1.0).to(dtype)
+    z = logits.flatten(1).to(dtype) * sign
+    zero, one, weights = rows.to(dtype)[:, :, None].split([6, 6, 2], 1)
+    total, ratio, over, under, p_over, p_under = torch.where(epsilon[:, None], one, zero).unbind(1)
+    kl_weight, bce_weight = weights.unbind(1)
 
     small = torch.exp(-z.abs())
     rest = small / (1 + small)
-    large = 1 / (1 + small)
-    e = torch.where(z > 0, large, rest)
-    e_not = torch.where(z > 0, rest, large)
-    wrong = torch.where(epsilon, e_not, e)  # the probability of what is not so
-    bce = _log(small, 1 + small) + torch.where((z > 0) == epsilon, 0.0, z.abs())
+    most = 1 / (1 + small)
+    wrong, right = torch.where(z > 0, rest, most), torch.where(z > 0, most, rest)
+    bce = torch.log1p(small) + (-z).clamp(min=0)
 
-    # KL(B(f_true) || B(f)), f = N / D; the ratios f / f_true and (1 - f) / (1 - f_true) also as 1 + x.
-    N, M, D = P * e + Q * e_not, P_not * e + Q_not * e_not, R * e + S * e_not
-    total = torch.where(epsilon, R, S)
-    flip, stay = torch.where(epsilon, P, Q), torch.where(epsilon, P_not, Q_not)
-    toward = torch.where(epsilon, -wrong, wrong)
-    change = toward * determinant / D
-    kl = -(
-        torch.where(epsilon, f1, f0) * _log(change / flip, N * total / (flip * D))
-        + torch.where(epsilon, f1_not, f0_not) * _log(-change / stay, M * total / (stay * D))
-    )
-    slope = toward * (bce_weight + kl_weight * determinant**2 * (e * e_not) / (total * D * N * M))
+    # KL = -(p_over log(1 + more) + p_under log(1 + less)), and p_over more + p_under less = 0.
+    D, N = right + total * wrong, right + ratio * wrong
+    more, less = over * wrong / D, under * wrong / D
+    kl = p_over * _log_gap(more, 1 + more) + p_under * _log_gap(less, N / D)
+    slope = wrong * (bce_weight - kl_weight * right * more * under / ((1 + more) * D * N))
     bits = kl_weight * kl + bce_weight * bce
-    if ignore is None:
-        pixels = torch.full((), max(bits.shape[1], 1), dtype=dtype, device=bits.device)
+    if ignore is None or kept is None:
+        pixels = torch.full((1, 1), bits.shape[1], dtype=dtype, device=bits.device)
     else:
-        kept = (ignore == 0).flatten(1)
-        pixels = kept.sum(1, dtype=torch.int64).clamp(min=1).to(dtype)
-        bits, slope = torch.where(kept, bits, 0.0), torch.where(kept, slope, 0.0)
-    value.copy_(bits.sum(1) / pixels)
-    gradient.copy_((slope * sign / pixels.reshape(-1, 1)).view(gradient.shape))
+        dropped = (ignore != 0).flatten(1)
+        pixels = kept.clamp(min=1).to(dtype)[:, None]
+        bits, slope = bits.masked_fill(dropped, 0.0), slope.masked_fill(dropped, 0.0)
+    value.copy_((bits / pixels).sum(1))
+    gradient.copy_((-sign * slope / pixels).view(gradient.shape))
 
 
 @torch.no_grad()

@@ -119,8 +119,8 @@ _found: dict[tuple[str, str], Any] = {}
 
 
 def get(name: str, device_type: str) -> Any:
-    """The backend that runs ops on a device type: an object with the functions noise, q_sample, step, posterior and
-    overlap.
+    """The backend that runs ops on a device type: an object with the functions noise, q_sample, step, posterior,
+    diffusion_loss and overlap.
 
     "auto" takes the fastest that can run and logs the choice once. An
     explicit name never falls back.

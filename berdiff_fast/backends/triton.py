@@ -257,6 +257,132 @@ def overlap_kernel(
 OVERLAP_SIZES = {"MASKS": 32, "PIXELS": 128, "STEPS": 32}
 _INTERPRETED_OVERLAP_SIZES = {"MASKS": 32, "PIXELS": 4096, "STEPS": 1}
 
+
+# ---------------------------------------------------------------------- the loss: csrc/include/berdiff/loss.h
+
+
+@triton.jit
+def exp_minus_abs(x):
+    a = tl.abs(x)
+    a = tl.where(a > 87.0, 87.0, a)
+    t = tl.fma(a, -1.4426950216293335, 12583039.0)
+    n = t - 12583039.0
+    f = tl.fma(n, -3.194618329871446e-05, tl.fma(n, -0.693115234375, -a))
+    p = tl.fma(f, 0.0013814602280035615, 0.008368715643882751)
+    p = tl.fma(p, f, 0.04166838899254799)
+    p = tl.fma(p, f, 0.1666652113199234)
+    p = tl.fma(p, f, 0.4999999403953552)
+    p = tl.fma(f * f, p, f) + 1.0
+    return p * (t.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def log_remainder(r):
+    p = tl.fma(r, 0.07778041064739227, -0.12777335941791534)
+    p = tl.fma(p, r, 0.13114036619663239)
+    p = tl.fma(p, r, -0.1419614553451538)
+    p = tl.fma(p, r, 0.16627094149589539)
+    p = tl.fma(p, r, -0.20001636445522308)
+    p = tl.fma(p, r, 0.2500077784061432)
+    p = tl.fma(p, r, -0.33333325386047363)
+    return tl.fma(p, r, 0.4999999701976776)
+
+
+@triton.jit
+def log_gap(x, one_plus_x):
+    t = one_plus_x.to(tl.int32, bitcast=True) - 0x3F3504F3
+    k = (t & -0x800000).to(tl.float32)
+    m = ((t & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
+    r = tl.where(k == 0.0, x, m - 1.0)
+    return tl.fma(r * r, log_remainder(r), tl.fma(k, -8.262958317573066e-08, x - r))
+
+
+@triton.jit
+def loss_case(columns, epsilon, COLUMN: tl.constexpr):
+    zero = tl.load(columns + COLUMN).to(tl.float32)
+    one = tl.load(columns + COLUMN + 6).to(tl.float32)
+    return tl.where(epsilon, one, zero)
+
+
+@triton.jit
+def loss_kernel(
+    gradient,
+    pixels,
+    chunks_per_row,
+    logits,
+    y_t,
+    y_0,
+    ignore,
+    columns,
+    kept,
+    partial,
+    PREDICTS_Y0: tl.constexpr,
+    IGNORES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row, _blocks, pixel = locate(program, chunks_per_row, BLOCKS)
+    counts = pixel < pixels
+    at = row * pixels + pixel
+    truth = widen(tl.load(y_0 + at, mask=counts, other=0)) != 0.0
+    epsilon = truth ^ (widen(tl.load(y_t + at, mask=counts, other=0)) != 0.0)
+    if not PREDICTS_Y0:
+        truth = epsilon
+    z = widen(tl.load(logits + at, mask=counts, other=0.0))
+    z = tl.where(truth, z, -z)
+    live = counts
+    count = pixels
+    if IGNORES:
+        counts = counts & (widen(tl.load(ignore + at, mask=counts, other=0)) == 0.0)
+        count = tl.maximum(tl.load(kept + row), 1)
+    columns += 14 * row
+    kl_weight = tl.load(columns + 12).to(tl.float32) / count.to(tl.float32)
+    bce_weight = tl.load(columns + 13).to(tl.float32) / count.to(tl.float32)
+
+    small = exp_minus_abs(z)
+    most = 1.0 / (1.0 + small)
+    rest = small * most
+    right = tl.where(z > 0.0, most, rest)
+    wrong = tl.where(z > 0.0, rest, most)
+    upper = small > 0.4142135679721832
+    r = tl.where(upper, tl.fma(small, 0.5, -0.5), small)
+    above = tl.where(z > 0.0, 0.0, -z)
+    bce = tl.where(upper, 0.6931471824645996, 0.0) + above + (r - r * r * log_remainder(r))
+
+    over_scale = loss_case(columns, epsilon, 2)
+    under_scale = loss_case(columns, epsilon, 3)
+    D = tl.fma(loss_case(columns, epsilon, 0), wrong, right)
+    N = tl.fma(loss_case(columns, epsilon, 1), wrong, right)
+    per_D = 1.0 / D
+    share = wrong * per_D
+    over = share * over_scale
+    under = share * under_scale
+    ratio_over = 1.0 + over
+    ratio_under = tl.where(under < -0.5, N * per_D, 1.0 + under)
+    curvature = (kl_weight * over_scale) * (-under_scale) * right * (share * (1.0 / (ratio_over * D * N)))
+    slope = wrong * (bce_weight + curvature)
+    slope = tl.where(counts, tl.where(truth, -slope, slope), 0.0)
+    tl.store(gradient + at, slope.to(gradient.dtype.element_ty), mask=live)
+
+    kl = loss_case(columns, epsilon, 4) * log_gap(over, ratio_over)
+    kl = tl.fma(loss_case(columns, epsilon, 5), log_gap(under, ratio_under), kl)
+    bits = tl.fma(kl_weight, kl, bce_weight * bce)
+    tl.store(partial + program, tl.sum(tl.where(counts, bits, 0.0), axis=0))
+
+
+@triton.jit
+def loss_value_kernel(value, partial, chunks_per_row, BLOCK: tl.constexpr):
+    """A row's chunks in an order that depends on nothing else."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK).to(tl.int64)
+    sums = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, chunks_per_row, BLOCK):
+        chunk = first + at
+        live = chunk < chunks_per_row
+        sums += tl.load(partial + row * chunks_per_row + chunk, mask=live, other=0.0).to(tl.float64)
+    tl.store(value + row, tl.sum(sums, axis=0).to(tl.float32))
+
+
 #: Passed to every launch and to every ahead-of-time compilation: products and sums stay separately rounded.
 LAUNCH_OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
 
@@ -266,8 +392,12 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
 
 
+def _blocks(out: torch.Tensor, pixels: int) -> int:
+    return BLOCKS if out.is_cuda else min(triton.next_power_of_2(triton.cdiv(pixels, 4)), _INTERPRETED_BLOCKS)
+
+
 def _launch(kernel, rows: int, pixels: int, out: torch.Tensor, *arguments, **constants) -> None:
-    blocks = BLOCKS if out.is_cuda else min(triton.next_power_of_2(triton.cdiv(pixels, 4)), _INTERPRETED_BLOCKS)
+    blocks = _blocks(out, pixels)
     chunks = triton.cdiv(pixels, 4 * blocks)
     guard = torch.cuda.device_of(out) if out.is_cuda else contextlib.nullcontext()
     with guard:
@@ -366,6 +496,40 @@ class TritonBackend:
             overlap_kernel[(images * spans, groups, groups)](
                 out, _bytes(a), _bytes(b), a_masks, b_masks, pixels, spans, **sizes, **LAUNCH_OPTIONS
             )
+
+    def diffusion_loss(
+        self,
+        value: torch.Tensor,
+        gradient: torch.Tensor,
+        logits: torch.Tensor,
+        y_t: torch.Tensor,
+        y_0: torch.Tensor,
+        rows: torch.Tensor,
+        ignore: torch.Tensor | None,
+        kept: torch.Tensor | None,
+        predicts_y0: bool,
+    ) -> None:
+        count = value.shape[0]
+        pixels = gradient.numel() // count
+        chunks = triton.cdiv(pixels, 4 * _blocks(gradient, pixels))
+        partial = value.new_empty(count * chunks)
+        _launch(
+            loss_kernel,
+            count,
+            pixels,
+            gradient,
+            logits,
+            _bytes(y_t),
+            _bytes(y_0),
+            None if ignore is None else _bytes(ignore),
+            rows,
+            kept,
+            partial,
+            PREDICTS_Y0=predicts_y0,
+            IGNORES=ignore is not None,
+        )
+        with torch.cuda.device_of(value) if value.is_cuda else contextlib.nullcontext():
+            loss_value_kernel[(count,)](value, partial, chunks, BLOCK=128, num_warps=1)
 
 
 backend = TritonBackend()

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <numeric>
 
 #include "bindings/ops.h"
 #include "cpu/dispatch.h"
@@ -44,6 +45,12 @@ struct CpuBackend {
             a.images, a.pixels, static_cast<int>(threads),
             [&, kernel](std::int64_t image, std::int64_t begin, std::int64_t end) { kernel(a, image, begin, end); },
             16 * tile);
+    }
+    static void loss(const LossArguments& a, std::int64_t threads) {
+        run(kernels().loss, a, a.rows, a.pixels, threads);
+        const double* partial = a.partial;
+        for (std::int64_t row = 0; row < a.rows; ++row, partial += a.tiles_per_row())
+            a.value[row] = static_cast<float>(std::accumulate(partial, partial + a.tiles_per_row(), 0.0));
     }
 };
 

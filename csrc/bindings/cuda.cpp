@@ -17,6 +17,7 @@ struct CudaBackend {
     static void step(const StepArguments& a, std::int64_t stream) { cuda::step(a, pointer(stream)); }
     static void posterior(const PosteriorArguments& a, std::int64_t stream) { cuda::posterior(a, pointer(stream)); }
     static void overlap(const OverlapArguments& a, std::int64_t stream) { cuda::overlap(a, pointer(stream)); }
+    static void loss(const LossArguments& a, std::int64_t stream) { cuda::loss(a, pointer(stream)); }
 
 private:
     static void* pointer(std::int64_t stream) { return reinterpret_cast<void*>(stream); }

@@ -90,6 +90,30 @@ void define_ops(pybind11::module_& m) {
         py::gil_scoped_release release;
         Backend::overlap(a, context);
     });
+
+    m.attr("loss_tile") = loss_tile;
+    m.def("loss",
+          [](Pointer value, Pointer gradient, int gradient_type, Pointer partial, Pointer logits, int logits_type,
+             Pointer y_t, int y_t_type, Pointer y_0, int y_0_type, Pointer ignore, int ignore_type, Pointer columns,
+             Pointer kept, bool predicts_y0, std::int64_t rows, std::int64_t pixels, std::int64_t context) {
+              LossArguments a = {};
+              a.rows = rows;
+              a.pixels = pixels;
+              a.logits = reinterpret_cast<const void*>(logits);
+              a.logits_type = static_cast<Type>(logits_type);
+              a.y_t = {reinterpret_cast<const void*>(y_t), static_cast<Type>(y_t_type)};
+              a.y_0 = {reinterpret_cast<const void*>(y_0), static_cast<Type>(y_0_type)};
+              a.ignore = {reinterpret_cast<const void*>(ignore), static_cast<Type>(ignore_type)};
+              a.columns = reinterpret_cast<const double*>(columns);
+              a.kept = reinterpret_cast<const std::int64_t*>(kept);
+              a.predicts_y0 = predicts_y0;
+              a.gradient = reinterpret_cast<void*>(gradient);
+              a.gradient_type = static_cast<Type>(gradient_type);
+              a.partial = reinterpret_cast<double*>(partial);
+              a.value = reinterpret_cast<float*>(value);
+              py::gil_scoped_release release;
+              Backend::loss(a, context);
+          });
 }
 
 }  // namespace berdiff

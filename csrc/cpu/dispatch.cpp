@@ -28,7 +28,7 @@ bool has_f16c() {
 std::vector<const Kernels*> find_available() {
     std::vector<const Kernels*> found = {portable_kernels()};
 #if defined(BERDIFF_X86)
-    if (__builtin_cpu_supports("avx2") && has_f16c()) found.push_back(avx2_kernels());
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) found.push_back(avx2_kernels());
 #if defined(BERDIFF_EMULATE_AVX512)
     found.push_back(avx512_kernels());
 #else

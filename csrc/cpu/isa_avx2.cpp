@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/kernels.h"
 #include "cpu/lanes_avx2.h"
+#include "cpu/loss.h"
 #include "cpu/noise.h"
 #include "cpu/overlap.h"
 #include "cpu/step.h"
@@ -9,8 +10,8 @@ namespace berdiff {
 
 const Kernels* avx2_kernels() {
     using L = Avx2Lanes;
-    static const Kernels kernels = {"avx2",        noise_span<L>,  q_sample_span<L>, step_span<L>, posterior_span<L>,
-                                    words_span<L>, overlap_span<L>};
+    static const Kernels kernels = {"avx2",       noise_span<L>, q_sample_span<L>, step_span<L>, posterior_span<L>,
+                                    loss_span<L>, words_span<L>, overlap_span<L>};
     return &kernels;
 }
 

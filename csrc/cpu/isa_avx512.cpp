@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/kernels.h"
 #include "cpu/lanes_avx512.h"
+#include "cpu/loss.h"
 #include "cpu/noise.h"
 #include "cpu/overlap.h"
 #include "cpu/step.h"
@@ -10,7 +11,7 @@ namespace berdiff {
 const Kernels* avx512_kernels() {
     using L = Avx512Lanes;
     static const Kernels kernels = {"avx512",          noise_span<L>, q_sample_span<L>, step_span<L>,
-                                    posterior_span<L>, words_span<L>, overlap_span<L>};
+                                    posterior_span<L>, loss_span<L>,  words_span<L>,    overlap_span<L>};
     return &kernels;
 }
 

@@ -19,6 +19,7 @@ struct Kernels {
     void (*step)(const StepArguments&, std::int64_t row, std::int64_t begin, std::int64_t end);
     // The posterior draws nothing: its tensors are one row of `size` pixels.
     void (*posterior)(const PosteriorArguments&, std::int64_t row, std::int64_t begin, std::int64_t end);
+    void (*loss)(const LossArguments&, std::int64_t row, std::int64_t begin, std::int64_t end);
     // Words of blocks [first_block, first_block + blocks), for tests of the index arithmetic.
     void (*words)(const PhiloxRow&, std::uint32_t first_block, std::int64_t blocks, std::uint32_t* out);
     // Adds to what other calls found; any span of pixels whose beginning is a multiple of `tile`.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Eight lanes: AVX2 and F16C.
+// Eight lanes: AVX2, FMA and F16C.
 #pragma once
 
 #include <immintrin.h>
@@ -23,6 +23,8 @@ struct Avx2Lanes : Avx2Bits {
     static BERDIFF_FN F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     static BERDIFF_FN F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static BERDIFF_FN F div(F a, F b) { return _mm256_div_ps(a, b); }
+    static BERDIFF_FN F madd(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static BERDIFF_FN F reciprocal(F x) { return div(f(1.0f), x); }
     static BERDIFF_FN F min(F a, F b) { return _mm256_min_ps(a, b); }
     static BERDIFF_FN F max(F a, F b) { return _mm256_max_ps(a, b); }
     static BERDIFF_FN U bits(F x) { return _mm256_castps_si256(x); }
@@ -129,6 +131,13 @@ struct Avx2Lanes : Avx2Bits {
     static BERDIFF_FN void store(float* p, const F (&x)[4]) {
         BERDIFF_UNROLL
         for (int j = 0; j < 4; ++j) _mm256_storeu_ps(p + 8 * j, x[j]);
+    }
+    static BERDIFF_FN void store(BFloat16* p, const F (&x)[4]) {
+        BERDIFF_UNROLL
+        for (int j = 0; j < 4; j += 2) {
+            const U packed = _mm256_packus_epi32(bfloat16_bits<Avx2Lanes>(x[j]), bfloat16_bits<Avx2Lanes>(x[j + 1]));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8 * j), _mm256_permute4x64_epi64(packed, 0xd8));
+        }
     }
 
 private:

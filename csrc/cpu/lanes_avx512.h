@@ -28,6 +28,8 @@ struct Avx512Lanes : Avx2Bits {
     static BERDIFF_FN F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static BERDIFF_FN F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static BERDIFF_FN F div(F a, F b) { return _mm512_div_ps(a, b); }
+    static BERDIFF_FN F madd(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static BERDIFF_FN F reciprocal(F x) { return div(f(1.0f), x); }
     static BERDIFF_FN F min(F a, F b) { return _mm512_min_ps(a, b); }
     static BERDIFF_FN F max(F a, F b) { return _mm512_max_ps(a, b); }
     static BERDIFF_FN U bits(F x) { return _mm512_castps_si512(x); }
@@ -41,7 +43,7 @@ struct Avx512Lanes : Avx2Bits {
     static BERDIFF_FN U band(U a, U b) { return _mm512_and_si512(a, b); }
     static BERDIFF_FN U bor(U a, U b) { return _mm512_or_si512(a, b); }
     static BERDIFF_FN F select(U mask, F yes, F no) {
-        return from_bits(bor(band(mask, bits(yes)), _mm512_andnot_si512(mask, bits(no))));
+        return from_bits(_mm512_ternarylogic_epi32(mask, bits(yes), bits(no), 0xca));
     }
     template <int n>
     static BERDIFF_FN U shift_left(U a) {
@@ -130,6 +132,12 @@ struct Avx512Lanes : Avx2Bits {
     static BERDIFF_FN void store(float* p, const F (&x)[4]) {
         BERDIFF_UNROLL
         for (int j = 0; j < 4; ++j) _mm512_storeu_ps(p + 16 * j, x[j]);
+    }
+    static BERDIFF_FN void store(BFloat16* p, const F (&x)[4]) {
+        BERDIFF_UNROLL
+        for (int j = 0; j < 4; ++j)
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16 * j),
+                                _mm512_cvtepi32_epi16(bfloat16_bits<Avx512Lanes>(x[j])));
     }
 
 private:

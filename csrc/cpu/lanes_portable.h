@@ -55,6 +55,10 @@ struct PortableLanes : ScalarLanes {
         BERDIFF_UNROLL
         for (int j = 0; j < 4; ++j) p[j] = x[j];
     }
+    static BERDIFF_FN void store(BFloat16* p, const F (&x)[4]) {
+        BERDIFF_UNROLL
+        for (int j = 0; j < 4; ++j) p[j].bits = static_cast<std::uint16_t>(bfloat16_bits<PortableLanes>(x[j]));
+    }
 
     // 64 elements of a mask as bits: one where an element is not zero; and how many bits two lists have in common.
     static BERDIFF_FN std::uint64_t nonzero_bits(const std::uint8_t* p) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "berdiff/arguments.h"
 #include "berdiff/draw.h"
@@ -53,42 +54,49 @@ __device__ inline void chunk_words(const PhiloxRow& row, std::int64_t pixel, std
     for (int i = 0; i < chunk; ++i) words[i] = quads[i / 4][i % 4];
 }
 
-// A chunk of elements, in 16-byte words where it is whole and aligned.
-template <class T>
-__device__ void load_elements(const T* p, int live, T (&x)[chunk]) {
-    if (live == chunk && reinterpret_cast<std::uintptr_t>(p) % 16 == 0) {
+// The widest word that moves so many bytes: 16, or all of them where they are fewer.
+template <int bytes>
+using Word = std::conditional_t<bytes % 16 == 0, uint4, std::conditional_t<bytes % 8 == 0, uint2, std::uint32_t>>;
+
+// The elements of a chunk (a whole one, or its first few), in wide words where they are all there and aligned.
+template <class T, int n>
+__device__ void load_elements(const T* p, int live, T (&x)[n]) {
+    using W = Word<static_cast<int>(n * sizeof(T))>;
+    if (live == n && reinterpret_cast<std::uintptr_t>(p) % sizeof(W) == 0) {
 #pragma unroll
-        for (int i = 0; i < static_cast<int>(chunk * sizeof(T) / 16); ++i)
-            reinterpret_cast<uint4*>(x)[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
+        for (int i = 0; i < static_cast<int>(sizeof(x) / sizeof(W)); ++i)
+            reinterpret_cast<W*>(x)[i] = __ldg(reinterpret_cast<const W*>(p) + i);
     } else {
 #pragma unroll
-        for (int i = 0; i < chunk; ++i) x[i] = i < live ? p[i] : T(0);
+        for (int i = 0; i < n; ++i) x[i] = i < live ? p[i] : T(0);
     }
 }
 
-template <class T>
-__device__ void store_elements(T* p, int live, const T (&x)[chunk]) {
-    if (live == chunk && reinterpret_cast<std::uintptr_t>(p) % 16 == 0) {
+template <class T, int n>
+__device__ void store_elements(T* p, int live, const T (&x)[n]) {
+    using W = Word<static_cast<int>(n * sizeof(T))>;
+    if (live == n && reinterpret_cast<std::uintptr_t>(p) % sizeof(W) == 0) {
 #pragma unroll
-        for (int i = 0; i < static_cast<int>(chunk * sizeof(T) / 16); ++i)
-            reinterpret_cast<uint4*>(p)[i] = reinterpret_cast<const uint4*>(x)[i];
+        for (int i = 0; i < static_cast<int>(sizeof(x) / sizeof(W)); ++i)
+            reinterpret_cast<W*>(p)[i] = reinterpret_cast<const W*>(x)[i];
     } else {
 #pragma unroll
-        for (int i = 0; i < chunk; ++i)
+        for (int i = 0; i < n; ++i)
             if (i < live) p[i] = x[i];
     }
 }
 
-template <class T>
-__device__ void load_bits(const void* data, const Chunk& c, std::uint32_t value_bits, std::uint32_t (&mask)[chunk]) {
-    alignas(16) T x[chunk];
+template <class T, int n>
+__device__ void load_bits(const void* data, const Chunk& c, std::uint32_t value_bits, std::uint32_t (&mask)[n]) {
+    alignas(16) T x[n];
     load_elements(static_cast<const T*>(data) + c.offset, c.live, x);
 #pragma unroll
-    for (int i = 0; i < chunk; ++i) mask[i] = x[i] & value_bits ? ~0u : 0u;
+    for (int i = 0; i < n; ++i) mask[i] = x[i] & value_bits ? ~0u : 0u;
 }
 
 // All threads take the same branch, so one kernel serves every type of mask.
-__device__ inline void load_mask(const ConstMask& mask, const Chunk& c, std::uint32_t (&bits)[chunk]) {
+template <int n>
+__device__ void load_mask(const ConstMask& mask, const Chunk& c, std::uint32_t (&bits)[n]) {
     switch (mask.type) {
         case Type::u8: load_bits<std::uint8_t>(mask.data, c, 0xffu, bits); break;
         case Type::f32: load_bits<std::uint32_t>(mask.data, c, 0x7fffffffu, bits); break;
@@ -113,18 +121,19 @@ __device__ inline void store_mask(const Mask& mask, const Chunk& c, const std::u
     }
 }
 
-__device__ inline void load_logits(const void* data, Type type, const Chunk& c, float (&z)[chunk]) {
+template <int n>
+__device__ void load_logits(const void* data, Type type, const Chunk& c, float (&z)[n]) {
     if (type == Type::f32) {
-        alignas(16) std::uint32_t x[chunk];
+        alignas(16) std::uint32_t x[n];
         load_elements(static_cast<const std::uint32_t*>(data) + c.offset, c.live, x);
 #pragma unroll
-        for (int i = 0; i < chunk; ++i) z[i] = __uint_as_float(x[i]);
+        for (int i = 0; i < n; ++i) z[i] = __uint_as_float(x[i]);
         return;
     }
-    alignas(16) std::uint16_t x[chunk];
+    alignas(16) std::uint16_t x[n];
     load_elements(static_cast<const std::uint16_t*>(data) + c.offset, c.live, x);
 #pragma unroll
-    for (int i = 0; i < chunk; ++i)
+    for (int i = 0; i < n; ++i)
         z[i] = type == Type::bf16 ? __uint_as_float(static_cast<std::uint32_t>(x[i]) << 16)
                                   : __half2float(__ushort_as_half(x[i]));
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "berdiff/draw.h"
+#include "berdiff/loss.h"
 #include "berdiff/philox.h"
 #include "berdiff/portability.h"
 
@@ -88,6 +89,29 @@ struct OverlapArguments {
         const bool in_a = index < a_masks;
         offset += (in_a ? image * a_masks + index : image * b_masks + index - a_masks) * pixels;
         return in_a ? a : b;
+    }
+};
+
+// Pixels whose losses are added up together; a mask's value is the sum over its tiles, in their order.
+constexpr std::int64_t loss_tile = 4096;
+
+struct LossArguments {
+    std::int64_t rows, pixels;
+    const void* logits;
+    Type logits_type;
+    ConstMask y_t, y_0, ignore;  // ignore may be null
+    const double* columns;       // of NoiseSchedule.loss_table, for each row
+    const std::int64_t* kept;    // pixels that count, for each row; null where all do
+    bool predicts_y0;
+    void* gradient;
+    Type gradient_type;  // f32 or bf16
+    double* partial;     // for each tile of each row
+    float* value;        // for each row
+
+    BERDIFF_FN std::int64_t tiles_per_row() const { return (pixels + loss_tile - 1) / loss_tile; }
+    BERDIFF_FN LossRow<ScalarLanes> row(std::int64_t r) const {
+        const std::int64_t count = kept ? kept[r] : pixels;
+        return loss_row(columns + loss_columns * r, count > 0 ? count : 1);
     }
 };
 
