@@ -153,8 +153,6 @@ def _demo(options: argparse.Namespace) -> int:
     print(f"  step kernel   {result.step_seconds:8.4f} s  ({result.step_seconds / result.seconds:.2%})")
     print(f"  backend       {result.backend}")
     print(f"  GED           {result.ged:8.3f}    (the raters' majority instead: {result.majority_ged:.3f})")
-    if options.data is None:
-        print("  The model was trained on CT of patients and these are phantoms; --data takes slices of your own.")
     print(f"picture: {result.picture}")
     return 0
 

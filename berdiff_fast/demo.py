@@ -18,10 +18,10 @@ from berdiff_fast.data import phantom
 from berdiff_fast.model import BerDiff, load
 from berdiff_fast.sampler import sample
 
-MODEL = "lidc"
+MODEL = "phantom64"
 
-#: Seed of the procedural slices, and their size in pixels; at this field their nodules are as large as patients'.
-SLICES_SEED, SIZE = 20231, 128
+#: Seed of the procedural slices, which the model was not trained on, and their size in pixels.
+SLICES_SEED, SIZE = 20231, 64
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def run(
     Args:
         output: the picture's path.
         data: an HDF5 file of slices (docs/data.md), of which the seed draws some that two raters or more marked; by
-            default procedural slices, which need no data. (The model was trained on patients, not on those.)
+            default procedural slices, which need no data.
         slices, n, steps, seed, backend, progress: how many slices; the rest as in ``sample``.
 
     Raises:
@@ -129,7 +129,7 @@ def run(
 
 
 def _phantoms(slices: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    cases = phantom.generate(slices, SIZE, seed=SLICES_SEED, field=SIZE)
+    cases = phantom.generate(slices, SIZE, seed=SLICES_SEED)
     return cases.images, cases.raters, [f"Phantom {i + 1}" for i in range(slices)]
 
 

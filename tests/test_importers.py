@@ -1026,3 +1026,20 @@ def test_command_help(capsys):
         assert word in text
     for layout in layouts.LAYOUTS.values():
         assert layout.shape in text
+
+
+def test_what_does_not_reach_the_disk_is_read_back(tmp_path):
+    resource = pytest.importorskip("resource")
+    disk = writing._Disk(tmp_path / "file", "w+")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        assert disk.write(b"0123456789abcdef") == 16 and disk.error is not None and disk.tell() == 16
+        disk.seek(12)
+        assert disk.write(b"XY") == 2 and disk.tell() == 14
+        disk.seek(8)
+        found = bytearray(10)
+        assert disk.readinto(found) == 10 and found == b"89abXYef" + bytes(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    disk.close()

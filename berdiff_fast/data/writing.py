@@ -143,20 +143,44 @@ def whole(output: Path, overwrite: bool) -> Iterator[Path]:
 class _Disk(io.FileIO):
     """A file whose writing never fails as HDF5 sees it; the first error is kept for those who ask.
 
-    HDF5 cannot close a file that it could not write, for want of space say, and the process crashes at its end.
+    HDF5 cannot close a file that it could not write, for want of space say, and crashes on reading back what is not
+    there. So what no longer reaches the disk stays in memory, where it is found again: not much, since a writer asks
+    for the error after every step. (HDF5 reads by ``readinto``.)
     """
 
     error: OSError | None = None
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._kept: list[tuple[int, bytes]] = []  # where, what
+
     def write(self, data: Any) -> int:
         left = memoryview(data).cast("B")
-        size = len(left)
+        size, at = len(left), self.tell()
+        end = at + size
         try:
             while left and self.error is None:
                 left = left[super().write(left) :]
         except OSError as error:
             self.error = OSError(error.errno, error.strerror, str(self.name))
+        if left:
+            self._kept.append((end - len(left), bytes(left)))
+            self.seek(end)
         return size
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        start = self.tell()
+        found = super().readinto(view) or 0
+        if self.error is None:
+            return found
+        view[found:] = bytes(len(view) - found)
+        for at, data in self._kept:
+            low, high = max(at, start), min(at + len(data), start + len(view))
+            if low < high:
+                view[low - start : high - start] = data[low - at : high - at]
+        self.seek(start + len(view))
+        return len(view)
 
     def truncate(self, size: int | None = None) -> int:
         try:

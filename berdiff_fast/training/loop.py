@@ -124,12 +124,13 @@ def train(config: TrainConfig) -> Path:
         for step in range(first, config.steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate_at(step)
-            # Dropout is the only other use of torch's generator.
-            torch.manual_seed(rng.signed64(rng.splitmix64(config.seed + accelerator.process_index, step + 1)))
             network.train()
             loss = norm = torch.zeros((), device=accelerator.device)
-            for _ in range(config.accumulation):
+            for part in range(config.accumulation):
                 batch = next(batches)
+                # For dropout; after the loader, which may draw from this generator too.
+                number = (step * config.accumulation + part) * accelerator.num_processes + accelerator.process_index
+                torch.manual_seed(rng.signed64(rng.splitmix64(config.seed, number + 1)))
                 with accelerator.accumulate(network):
                     y_0, t = batch["y_0"], batch["t"]
                     # y_t ~ q(y_t | y_0), eq. 2
