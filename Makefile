@@ -11,8 +11,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/berdiff-fast demo --output demo.png
 
+# A file of tests stays in one process, and each process in one thread: two cores are used well by two of them.
 test: $(VENV)/.test
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 bench: $(VENV)/.test
 	mkdir -p benchmarks/results
