@@ -102,7 +102,7 @@ def test_two_processes_give_the_same(data, model_file, tmp_path):
 
 
 def test_yardsticks_on_real_slices():
-    """The table that comes with the data, on every fourth slice of every patient's file: the whole of it is slower."""
+    """The table that comes with the data, on all of val."""
     data = RaterDataset(data_path("lidc/val.h5"), in_memory=True)
     found: dict[str, list] = {}
     for start in range(0, len(data), 100):

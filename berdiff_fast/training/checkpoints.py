@@ -25,7 +25,7 @@ FORMAT = 1
 _KEY = "berdiff_fast_training"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
-#: Fields that a run may change when it goes on: they touch neither the weights nor what they are trained on.
+#: Fields that a run may change when it goes on: they touch nothing that is learnt but its rounding, and its length.
 _FREE = {"output", "train_data", "val_data", "in_memory", "workers", "device", "compile", "channels_last", "steps"}
 _FREE |= {"log_every", "checkpoint_every", "keep", "tensorboard"}
 
