@@ -4,8 +4,8 @@
 
     python benchmarks/recipe.py train.h5 val.h5 --folder runs/recipe --output benchmarks/results/recipe.json
 
-A variant differs from the first in what its name says. Results are kept as they come, so the same command goes
-on where it stopped.
+A variant differs from the first in what its name says; so do the samplers, which all draw with the first variant's
+models. Every result is kept in the folder as it comes, so the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import h5py
-import numpy as np
 import torch
 
 import berdiff_fast as bf
@@ -47,6 +46,22 @@ VARIANTS: dict[str, dict] = {
     "leave-one-out KL + BCE": {"leave_one_out": True},
     "more noise (input_scale 0.5)": {"input_scale": 0.5},
     "less noise (input_scale 2)": {"input_scale": 2.0},
+}
+
+#: What measures the variants, and the sampler from which the others differ.
+SAMPLER = {"method": "ddim", "spacing": "trailing-quadratic"}
+
+SAMPLERS: dict[str, dict] = {
+    "ddim, trailing-quadratic": {},
+    "ddim, first step at t = 999 (trailing)": {"spacing": "trailing"},
+    "ddim, first step at t = 900 (uniform)": {"spacing": "uniform"},
+    "ddim, last step drawn": {"final": "sample"},
+    "ddim, leave-one-out": {"leave_one_out": True},
+    "ddpm": {"method": "ddpm"},
+    "ddpm, leave-one-out": {"method": "ddpm", "leave_one_out": True},
+    "d3pm": {"method": "d3pm"},
+    "d3pm, leave-one-out": {"method": "d3pm", "leave_one_out": True},
+    "d3pm, first step at t = 900 (uniform)": {"method": "d3pm", "spacing": "uniform"},
 }
 
 
@@ -81,13 +96,26 @@ def main() -> None:
     chosen = evaluate.spread(len(slices), args.slices)
     budget = {"steps": args.steps, "batch_size": args.batch_size, **BUDGET}
     results: dict = {
-        "budget": budget
-        | {"crop": CROP}
-        | {"validation_slices": args.slices, "n": args.n, "sampling": "10 steps, ddim, uniform"},
+        "budget": budget | {"crop": CROP},
+        "validation": {"slices": args.slices, "n": args.n, "sampling_steps": 10, **SAMPLER},
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "runs": [],
+        "training": [],
+        "samplers": [],
     }
+
+    def score(folder: Path, table: str, name: str, seed: int, model: bf.BerDiff, options: dict, **more) -> None:
+        """Measure one model with one sampler, unless that was done before, and write all there is."""
+        kept = folder / f"{table}-{name}.json".replace(" ", "")
+        if not kept.is_file():
+            drawn = evaluate.sample_slices(model, slices, chosen, n=args.n, seed=0, steps=10, **SAMPLER | options)
+            rows = [row for _, _, raters, masks in drawn for row in evaluate.measure(raters, masks)]
+            numbers = {k: round(v, 4) for k, v in evaluate.summarize(rows).items()}
+            write_text(kept, json.dumps({"variant": name, "seed": seed, **more, **numbers}))
+        results[table].append(json.loads(kept.read_text()))
+        write_text(args.output, json.dumps(results, indent=1) + "\n")
+        print(results[table][-1], flush=True)
+
     for seed in args.seeds:
         for number, (name, changes) in enumerate(VARIANTS.items()):
             folder = args.folder / f"{number}-seed{seed}"
@@ -101,17 +129,13 @@ def main() -> None:
                 **{"prediction": "y_0", **budget, **changes},
             )
             model = bf.load(loop.train(config))
-            seconds = time.monotonic() - start
-            drawn = folder / f"masks-{args.slices}x{args.n}.npy"
-            if not drawn.is_file():
-                masks = [s for *_, s in evaluate.sample_slices(model, slices, chosen, n=args.n, seed=0, steps=10)]
-                np.save(drawn, np.packbits(torch.cat(masks).numpy(), axis=-1))
-            samples = torch.from_numpy(np.unpackbits(np.load(drawn), axis=-1).astype(bool))
-            rows = evaluate.measure(slices.batch(chosen)[1], samples)
-            numbers = {k: round(v, 4) for k, v in evaluate.summarize(rows).items()}
-            results["runs"].append({"variant": name, "seed": seed, "train_seconds": round(seconds), **numbers})
-            write_text(args.output, json.dumps(results, indent=1) + "\n")
-            print(f"seed {seed}  {name:32s} {numbers}", flush=True)
+            seconds = folder / "seconds.json"
+            if not seconds.is_file():
+                write_text(seconds, str(round(time.monotonic() - start)))
+            score(folder, "training", name, seed, model, {}, train_seconds=json.loads(seconds.read_text()))
+        first = bf.load(args.folder / f"0-seed{seed}" / "model.safetensors")
+        for name, options in SAMPLERS.items():
+            score(args.folder / f"0-seed{seed}", "samplers", name, seed, first, options)
 
 
 if __name__ == "__main__":

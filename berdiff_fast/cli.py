@@ -96,7 +96,7 @@ def _add_evaluate(commands: Any) -> None:
     command.add_argument("--steps", type=int, default=10, help="sampling steps (default: %(default)s)")
     command.add_argument("--method", default="ddim", choices=METHODS, help="sampler (default: %(default)s)")
     command.add_argument("--leave-one-out", action="store_true", help="the leave-one-out shift of the logits")
-    command.add_argument("--spacing", default="uniform", choices=SPACINGS, help="of timesteps (default: %(default)s)")
+    command.add_argument("--spacing", choices=SPACINGS, help="of timesteps (default: the model's own)")
     command.add_argument("--seed", type=int, default=0, help="of masks and choice of slices (default: %(default)s)")
     command.add_argument("--batch", type=int, default=8, help="slices at a time (default: %(default)s)")
     command.add_argument("--table", default="csv", choices=["csv", "parquet"], help="(default: %(default)s)")
@@ -115,8 +115,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     from berdiff_fast.training import evaluate
 
     state = PartialState(cpu=options.device == "cpu")
+    model = load(options.model).to(state.device)
     summary = evaluate.evaluate(
-        load(options.model).to(state.device),
+        model,
         RaterDataset(options.data),
         options.output,
         count=options.slices,
@@ -124,7 +125,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         steps=options.steps,
         method=options.method,
         leave_one_out=options.leave_one_out,
-        spacing=options.spacing,
+        spacing=options.spacing or model.spacing,
         seed=options.seed,
         batch=options.batch,
         table=options.table,

@@ -22,7 +22,7 @@ from berdiff_fast.network import official
 from berdiff_fast.network.unet import UNet
 from berdiff_fast.ops import PREDICTIONS
 from berdiff_fast.rng import DRAW_CONTRACT
-from berdiff_fast.schedule import NoiseSchedule
+from berdiff_fast.schedule import SPACINGS, NoiseSchedule
 
 #: Version of the layout of saved models.
 FORMAT = 1
@@ -82,6 +82,7 @@ class BerDiff(nn.Module):
         schedule: a ``NoiseSchedule`` or its name.
         prediction: "epsilon": the logits say P(y_t xor y_0 = 1), the paper's calibration; "y_0": P(y_0 = 1).
         preprocessing: from raw intensities to ``img``; None if only the user knows.
+        spacing: of the timesteps that ``sample`` visits unless told otherwise; see ``NoiseSchedule.subsequence``.
         rescale_timesteps: give the network t * 1000 / T, as the published scripts may.
         mask_channels, img_channels, spatial_dims: K, C and 2 or 3; read off the network where it has these attributes,
             else 1, unchecked and 2.
@@ -97,6 +98,7 @@ class BerDiff(nn.Module):
         prediction: str = "epsilon",
         *,
         preprocessing: Preprocessing | None = None,
+        spacing: str = "uniform",
         rescale_timesteps: bool = False,
         mask_channels: int | None = None,
         img_channels: int | None = None,
@@ -113,7 +115,10 @@ class BerDiff(nn.Module):
             raise ValueError(f"prediction must be 'epsilon' or 'y_0', got {prediction!r}")
         if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
             raise TypeError(f"preprocessing must be a Preprocessing or None, got {type(preprocessing).__name__}")
+        if spacing not in SPACINGS:
+            raise ValueError(f"spacing must be one of {list(SPACINGS)}, got {spacing!r}")
         self.network = network
+        self.spacing = spacing
         self.schedule = schedule
         self.prediction = prediction
         self.preprocessing = preprocessing
@@ -188,6 +193,7 @@ class BerDiff(nn.Module):
             "network": {"type": "UNet", **self.network.config},
             "schedule": self.schedule.to_config(),
             "prediction": self.prediction,
+            "spacing": self.spacing,
             "rescale_timesteps": self.rescale_timesteps,
             "preprocessing": asdict(self.preprocessing) if self.preprocessing else None,
         }
@@ -207,6 +213,7 @@ class BerDiff(nn.Module):
             NoiseSchedule.from_config(config["schedule"]),
             config["prediction"],
             preprocessing=Preprocessing(**preprocessing) if preprocessing else None,
+            spacing=config.get("spacing", "uniform"),
             rescale_timesteps=config["rescale_timesteps"],
         )
 

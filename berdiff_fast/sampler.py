@@ -32,7 +32,7 @@ def sample(
     *,
     method: str = "ddim",
     leave_one_out: bool = False,
-    spacing: str = "uniform",
+    spacing: str | None = None,
     final: str = "threshold",
     seed: int | Sequence[int] | torch.Tensor | None = None,
     first_sample: int = 0,
@@ -59,7 +59,8 @@ def sample(
         steps: how many timesteps to visit, or which ones.
         method: "ddim" (the published sampler), "ddpm" or "d3pm"; see ``NoiseSchedule.step_table``.
         leave_one_out: shift the logit to its leave-one-out version; see there.
-        spacing: "uniform", "quadratic" or "trailing"; see ``NoiseSchedule.subsequence``.
+        spacing: "uniform", "quadratic", "trailing" or "trailing-quadratic" (``NoiseSchedule.subsequence``). By default,
+            the model's own; for a callable that has none "uniform", the published one.
         final: the last step: "threshold" keeps what is more likely than not, as the published code does; "sample"
             draws it.
         seed: an int, from which every image of the batch gets its own seed (``image_seeds``); or one int per image; or
@@ -124,7 +125,7 @@ class _Plan:
         steps: int | Sequence[int],
         method: str,
         leave_one_out: bool,
-        spacing: str,
+        spacing: str | None,
         final: str,
         seed: int | Sequence[int] | torch.Tensor | None,
         first_sample: int,
@@ -147,7 +148,7 @@ class _Plan:
             raise ValueError(f"prediction must be 'epsilon' or 'y_0', got {prediction!r}")
         if final not in FINALS:
             raise ValueError(f"final must be one of {list(FINALS)}, got {final!r}")
-        taus = schedule.subsequence(steps, spacing)
+        taus = schedule.subsequence(steps, getattr(model, "spacing", "uniform") if spacing is None else spacing)
         if not isinstance(leave_one_out, bool):
             raise TypeError(f"leave_one_out must be True or False, got {leave_one_out!r}")
         table = schedule.step_table(taus, method, leave_one_out=leave_one_out)

@@ -26,7 +26,7 @@ LOSS_COLUMNS = (
     *("total_1", "ratio_1", "over_1", "under_1", "p_over_1", "p_under_1"),
     *("kl_weight", "bce_weight"),
 )
-SPACINGS = ("uniform", "quadratic", "trailing")
+SPACINGS = ("uniform", "quadratic", "trailing", "trailing-quadratic")
 
 _OFFSET = 0.008
 _MAX_BETA = 0.999
@@ -161,7 +161,9 @@ class NoiseSchedule:
             spacing: "uniform": every s-th timestep from 0 on, s the smallest stride that gives this number (the
                 published "ddimuni"; with 10 steps of 1000 it starts at t = 900). "quadratic": floor(x^2) for x evenly
                 spaced to sqrt(0.8 T) (the published "ddimqua"). "trailing": evenly spaced, ending at T - 1 (Lin et al.,
-                arXiv 2305.08891), so that sampling starts where y_t is noise.
+                arXiv 2305.08891), so that sampling starts where y_t is noise. "trailing-quadratic": T (1 - (i / S)^2)
+                - 1 for i = 0, 1, ... S - 1, and at least one apart: also from T - 1, but closer together the more noise
+                there is, where the pixels have to settle on one mask (docs/training.md).
 
         Returns:
             ``steps`` distinct ints, ascending.
@@ -198,7 +200,11 @@ class NoiseSchedule:
                     f"use steps={len(found)} or fewer, or another spacing"
                 )
             return found
-        return sorted(round(T - i * T / steps) - 1 for i in range(steps))
+        power = 2 if spacing == "trailing-quadratic" else 1
+        found = [T]
+        for i in range(steps):
+            found.append(min(round(T - T * i**power / steps**power), found[-1]) - 1)
+        return found[:0:-1]
 
     def _explicit(self, steps: Any) -> list[int]:
         try:

@@ -15,24 +15,10 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import berdiff_fast as bf
 from berdiff_fast.data import phantom
-
-
-def loss_bits(schedule: bf.NoiseSchedule, y_0, y_t, t, logits) -> torch.Tensor:
-    """KL(posterior with y_0, posterior with the prediction) + BCE, in bits per pixel; the decoder's NLL at t = 0."""
-    epsilon = y_t - y_0
-    bce = F.binary_cross_entropy_with_logits(logits, epsilon.abs())
-    predicted = (y_t - torch.sigmoid(logits)).abs()
-    true = schedule.q_posterior_mean(y_0, y_t, t).float()
-    ours = schedule.q_posterior_mean(predicted, y_t, t).float()
-    ours = torch.where(t.reshape(-1, 1, 1, 1) == 0, predicted, ours).clamp(1e-6, 1 - 1e-6)
-    cross = F.binary_cross_entropy(ours, true, reduction="none")
-    entropy = F.binary_cross_entropy(true.clamp(1e-6, 1 - 1e-6), true, reduction="none")
-    return ((cross - entropy).mean() + bce) / torch.log(torch.tensor(2.0))
 
 
 def main() -> None:
@@ -71,7 +57,7 @@ def main() -> None:
         t = torch.randint(model.schedule.timesteps, (len(y_0),))
         seeds = torch.empty(len(y_0), dtype=torch.int64).random_()
         y_t = bf.ops.q_sample(y_0, t, seeds, model.schedule)
-        loss = loss_bits(model.schedule, y_0, y_t, t, model(y_t, t, img))
+        loss = bf.ops.diffusion_loss(model(y_t, t, img), y_t, y_0, t, model.schedule).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

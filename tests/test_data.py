@@ -166,6 +166,16 @@ def test_raters_and_timesteps_are_drawn_evenly(tmp_path):
         assert np.bincount(t[start : start + 200] // 100, minlength=10).tolist() == pytest.approx([20] * 10, abs=3)
 
 
+def test_crops_are_the_middle_until_they_end(tmp_path):
+    whole = examples(tmp_path, augmentation=Augmentation(flip=True, rotate90=True))
+    cut = examples(tmp_path, augmentation=Augmentation(flip=True, rotate90=True), crop=8, crop_before=5)
+    always = examples(tmp_path, augmentation=Augmentation(flip=True, rotate90=True), crop=8)
+    for p in range(10):
+        a, b, c = whole[p], cut[p], always[p]
+        middle = {k: v[..., 4:12, 4:12] if v.ndim else v for k, v in a.items()}
+        assert all(torch.equal(b[k], (middle if p < 5 else a)[k]) and torch.equal(c[k], middle[k]) for k in a)
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"flip": True}, {"rotate90": True}, {"rotate": 25.0}, {"scale": 0.3}, {"flip": True, "rotate": 180.0}],

@@ -46,6 +46,7 @@ VARIANTS = {
         prediction="y_0",
         preprocessing=Preprocessing("window", (-1000, 400), (0, 1)),
         rescale_timesteps=True,
+        spacing="trailing",
     ),
     "own schedule": dict(schedule=NoiseSchedule.from_betas([0.1, 1 / 3, 0.7]), preprocessing=Preprocessing()),
     "as released": dict(schedule=NoiseSchedule(as_released=True)),
@@ -62,7 +63,7 @@ def test_round_trip(tmp_path, variant, place, kind):
     again = bf.load(path)
     assert same_model(again, model)
     assert again.preprocessing == model.preprocessing and again.prediction == model.prediction
-    assert again.rescale_timesteps == model.rescale_timesteps
+    assert again.rescale_timesteps == model.rescale_timesteps and again.spacing == model.spacing
     assert torch.equal(again.schedule.betas, model.schedule.betas)
     assert not again.training and model.training, "load gives eval mode, save changes nothing"
     assert (again.mask_channels, again.img_channels, again.spatial_dims) == (1, 1, 2)

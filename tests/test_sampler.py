@@ -171,7 +171,7 @@ def by_hand(network, img, n, timesteps, method, *, prediction="epsilon", final="
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("spacing", ["uniform", "quadratic", "trailing"])
+@pytest.mark.parametrize("spacing", ["uniform", "quadratic", "trailing", "trailing-quadratic"])
 @pytest.mark.parametrize("final", ["threshold", "sample"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_every_option_does_what_it_says(img, method, spacing, final, prediction):
@@ -190,9 +190,12 @@ def test_every_option_matters(model, img, name, other):
     assert not torch.equal(draw(model, img, **{name: other}), draw(model, img))
 
 
-@pytest.mark.parametrize("spacing", ["quadratic", "trailing"])
+@pytest.mark.parametrize("spacing", ["quadratic", "trailing", "trailing-quadratic"])
 def test_spacing_matters(model, img, spacing):
     assert not torch.equal(draw(model, img, spacing=spacing), draw(model, img))
+    model.spacing = spacing
+    assert torch.equal(draw(model, img), draw(model, img, spacing=spacing)), "a model's own is the default"
+    assert not torch.equal(draw(model, img), draw(model, img, spacing="uniform"))
 
 
 def test_the_network_sees_the_timesteps_in_falling_order(model, img):

@@ -125,6 +125,22 @@ def test_ten_uniform_steps_start_at_900(schedule):
 
 
 @pytest.mark.parametrize("T", [2, 3, 7, 50, 100, 257, 1000])
+def test_trailing_quadratic_gives_every_number_of_steps(T):
+    schedule = NoiseSchedule("linear", T) if T >= 50 else NoiseSchedule.from_betas([0.1] * T)
+    for steps in range(1, T + 1):
+        found = schedule.subsequence(steps, "trailing-quadratic")
+        assert len(found) == steps and found == sorted(set(found)), steps
+        assert found[-1] == T - 1 and found[0] >= 0
+
+
+def test_trailing_quadratic(schedule):
+    expected = [189, 359, 509, 639, 749, 839, 909, 959, 989, 999]
+    assert schedule.subsequence(10, "trailing-quadratic") == expected
+    # Where the parabola asks for less than one timestep, one is what there is.
+    assert schedule.subsequence(100, "trailing-quadratic")[-9:] == list(range(991, 1000))
+
+
+@pytest.mark.parametrize("T", [2, 3, 7, 50, 100, 257, 1000])
 def test_trailing_gives_every_number_of_steps(T):
     schedule = NoiseSchedule("linear", T) if T >= 50 else NoiseSchedule.from_betas([0.1] * T)
     for steps in range(1, T + 1):
@@ -165,7 +181,7 @@ def test_published_spacings_give_the_number_asked_for_or_say_so(T, spacing):
     assert given >= 5
 
 
-@pytest.mark.parametrize("spacing", ["uniform", "trailing"])
+@pytest.mark.parametrize("spacing", ["uniform", "trailing", "trailing-quadratic"])
 def test_all_timesteps(schedule, spacing):
     assert schedule.subsequence(1000, spacing) == list(range(1000))
 

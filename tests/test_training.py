@@ -164,6 +164,7 @@ def test_a_finished_run_has_nothing_left_to_do(run, data):
         {"workers": 1, "in_memory": False},
         {"rotate": 20.0, "scale": 0.2, "input_scale": 0.5},
         {"window": [0.0, 200.0], "schedule": "linear"},
+        {"crop": 16, "crop_steps": 2},
     ],
     ids=lambda changes: "-".join(changes),
 )
@@ -373,9 +374,11 @@ BAD_CONFIGS = {
     "schedule": ({"schedule": "sigmoid"}, "must be one of"),
     "prediction": ({"prediction": "v"}, "prediction must be"),
     "channels": ({"model_channels": 30}, "model_channels must be a multiple of 32"),
-    "spacing": ({"validation_steps": 300}, "spacing 'uniform' cannot visit exactly 300"),
+    "spacing": ({"validation_steps": 300, "spacing": "uniform"}, "spacing 'uniform' cannot visit exactly 300"),
     "too many steps": ({"validation_steps": 2000}, "steps must be at most"),
     "input_scale": ({"input_scale": 0}, "input_scale must be"),
+    "crop": ({"crop": 30}, "crop must be a multiple of 8"),
+    "crop_steps": ({"crop_steps": 10}, "crop_steps needs crop"),
 }
 
 
@@ -406,6 +409,7 @@ BAD_RUNS = {
     "no data": (dict(train_data=""), "train_data must be given"),
     "missing data": (dict(train_data="nowhere.h5"), "no file 'nowhere.h5'"),
     "size": (dict(channel_mult=[1, 1, 1, 1, 1, 1], attention_resolutions=[]), "sides divisible by 128"),
+    "large crop": (dict(crop=64), "crop must be at most the images of"),
     "same patients": (dict(val_data="train"), "24 patients are in both"),
 }
 

@@ -30,15 +30,12 @@ class Augmentation:
         rotate90: turn by a random multiple of 90 degrees (square images).
         rotate: turn by up to this many degrees either way.
         scale: enlarge or shrink by up to this fraction, uniform in the logarithm.
-        crop: take a square of this many pixels; its place is the mean of two uniform ones, so mostly near the middle,
-            where data sets of pre-cut slices have what matters. 0: no cropping.
     """
 
     flip: bool = False
     rotate90: bool = False
     rotate: float = 0.0
     scale: float = 0.0
-    crop: int = 0
 
     def __call__(
         self, img: torch.Tensor, mask: torch.Tensor, random: np.random.Generator
@@ -47,7 +44,6 @@ class Augmentation:
         # All numbers are drawn whatever is switched on, so that options do not change each other's.
         mirror, turns = random.random(2) < 0.5, int(random.integers(4))
         angle, zoom = random.uniform(-1, 1, 2)
-        place = random.random((2, 2)).mean(1)
         if self.rotate or self.scale:
             img, mask = self._affine(img, mask, angle * self.rotate, (1 + self.scale) ** zoom)
         axes = [axis for axis, m in zip((-2, -1), mirror, strict=True) if m and self.flip]
@@ -55,9 +51,6 @@ class Augmentation:
             img, mask = img.flip(axes), mask.flip(axes)
         if self.rotate90 and turns:
             img, mask = img.rot90(turns, (-2, -1)), mask.rot90(turns, (-2, -1))
-        if self.crop:
-            y, x = (int(u * (size - self.crop + 1)) for u, size in zip(place, img.shape[-2:], strict=True))
-            img, mask = (a[..., y : y + self.crop, x : x + self.crop] for a in (img, mask))
         return img, mask
 
     @staticmethod
@@ -87,6 +80,8 @@ class TrainingExamples(Dataset):
         timesteps: T.
         seed: of everything random.
         augmentation: random changes.
+        crop: show only the middle square of this many pixels; 0: all of the image.
+        crop_before: the first position that shows all of the image again; none: there is no such position.
     """
 
     def __init__(
@@ -96,12 +91,16 @@ class TrainingExamples(Dataset):
         timesteps: int,
         seed: int,
         augmentation: Augmentation | None = None,
+        crop: int = 0,
+        crop_before: int | None = None,
     ) -> None:
         self.slices = slices
         self.preprocessing = preprocessing
         self.timesteps = timesteps
         self.seed = seed
         self.augmentation = Augmentation() if augmentation is None else augmentation
+        self.crop = crop
+        self.crop_before = crop_before
         self._phase = float(np.random.default_rng([seed, 2]).random())
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
@@ -120,6 +119,9 @@ class TrainingExamples(Dataset):
         t = int(self.timesteps * ((self._phase + position * _GOLDEN) % 1.0))
         noise_seed = int(random.integers(2**63))
         img, y_0 = self.augmentation(self.preprocessing(image[None])[0], masks[rater].float(), random)
+        if self.crop and (self.crop_before is None or position < self.crop_before):
+            y, x = ((size - self.crop) // 2 for size in img.shape[-2:])
+            img, y_0 = (a[..., y : y + self.crop, x : x + self.crop] for a in (img, y_0))
         return {
             "img": img.contiguous(),
             "y_0": y_0.contiguous(),

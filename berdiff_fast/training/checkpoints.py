@@ -28,6 +28,7 @@ _NAME = re.compile(r"step-(\d+)\.safetensors")
 #: Fields that a run may change when it goes on: they touch nothing that is learnt but its rounding, and its length.
 _FREE = {"output", "train_data", "val_data", "in_memory", "workers", "device", "compile", "channels_last", "steps"}
 _FREE |= {"log_every", "checkpoint_every", "keep", "tensorboard"}
+_FREE |= {f"validation_{k}" for k in ("slices", "samples", "steps", "method")} | {"validate_every", "spacing"}
 
 
 @dataclass
@@ -108,6 +109,8 @@ def restore(
     """
     mine = config.to_dict()
     changed = [k for k, v in mine.items() if k not in _FREE and checkpoint.config.get(k, v) != v]
+    if "crop_steps" in changed and checkpoint.step <= min(checkpoint.config["crop_steps"], config.crop_steps):
+        changed.remove("crop_steps")  # it concerns steps to come
     if changed:
         listed = "; ".join(f"{k} was {checkpoint.config[k]!r} and is {mine[k]!r}" for k in changed)
         raise ValueError(

@@ -77,7 +77,8 @@ class TrainConfig:
     rotate90: bool = _option(True, "random multiples of 90 degrees")
     rotate: float = _option(0.0, "random rotation by up to this many degrees")
     scale: float = _option(0.0, "random zoom by up to this fraction")
-    crop: int = _option(0, "train on random squares of this many pixels, mostly from the middle; 0: whole slices")
+    crop: int = _option(0, "train on the middle square of this many pixels; 0: whole slices")
+    crop_steps: int = _option(0, "so many steps at first, then on whole slices; 0: all steps")
 
     # Optimisation
     steps: int = _option(4000, "optimiser steps")
@@ -103,7 +104,9 @@ class TrainConfig:
     validation_samples: int = _option(16, "masks per slice of a validation")
     validation_steps: int = _option(10, "sampling steps of a validation")
     validation_method: str = _option("ddim", "sampler of a validation: " + ", ".join(METHODS))
-    validation_spacing: str = _option("uniform", "spacing of its timesteps: " + ", ".join(SPACINGS))
+    spacing: str = _option(
+        "trailing-quadratic", "spacing of its timesteps, and of the saved model's: " + ", ".join(SPACINGS)
+    )
     checkpoint_every: int = _option(500, "steps between checkpoints")
     keep: int = _option(2, "checkpoints to keep, the newest ones")
     tensorboard: bool = _option(True, "write TensorBoard files, where it is installed")
@@ -115,7 +118,7 @@ class TrainConfig:
         least = {
             **dict.fromkeys(("steps", "batch_size", "accumulation", "log_every", "validate_every", "keep"), 1),
             **dict.fromkeys(("validation_slices", "validation_samples", "validation_steps", "checkpoint_every"), 1),
-            **dict.fromkeys(("workers", "warmup", "seed", "crop"), 0),
+            **dict.fromkeys(("workers", "warmup", "seed", "crop", "crop_steps"), 0),
         }
         for name, minimum in least.items():
             checks.integer(name, getattr(self, name), minimum)
@@ -127,7 +130,7 @@ class TrainConfig:
             "precision": ("fp32", "bf16", "fp16"),
             "device": ("auto", "cpu"),
             "validation_method": METHODS,
-            "validation_spacing": SPACINGS,
+            "spacing": SPACINGS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -146,8 +149,10 @@ class TrainConfig:
         factor = self.patch_size * 2 ** (len(self.channel_mult) - 1)
         if self.crop % factor:
             raise ValueError(f"crop must be a multiple of {factor}, which the network halves down to, got {self.crop}")
+        if self.crop_steps and not self.crop:
+            raise ValueError(f"crop_steps needs crop, which is 0; got {self.crop_steps}")
         # What the parts themselves check: names and numbers of the schedule, the network and the window.
-        self.build_schedule().subsequence(self.validation_steps, self.validation_spacing)
+        self.build_schedule().subsequence(self.validation_steps, self.spacing)
         self.build_model(mask_channels=1, img_channels=1, meta=True)
 
     def build_schedule(self) -> NoiseSchedule:
@@ -174,11 +179,13 @@ class TrainConfig:
             )
         window = (self.window[0], self.window[1]) if self.window else None
         preprocessing = Preprocessing("window" if window else "min-max", window)
-        return BerDiff(network, self.build_schedule(), self.prediction, preprocessing=preprocessing)
+        return BerDiff(
+            network, self.build_schedule(), self.prediction, preprocessing=preprocessing, spacing=self.spacing
+        )
 
     def augmentation(self) -> Augmentation:
         """The random changes of training images."""
-        return Augmentation(self.flip, self.rotate90, self.rotate, self.scale, self.crop)
+        return Augmentation(self.flip, self.rotate90, self.rotate, self.scale)
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of step 0, 1, ...: linear warm-up, then constant or a quarter cosine to 0."""

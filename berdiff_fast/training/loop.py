@@ -95,7 +95,15 @@ def train(config: TrainConfig) -> Path:
         checkpoints.remove_unfinished(folder)
         write_text(output / "config.yaml", config.to_yaml())
 
-    examples = TrainingExamples(slices, model.preprocessing, config.timesteps, config.seed, config.augmentation())
+    examples = TrainingExamples(
+        slices,
+        model.preprocessing,
+        config.timesteps,
+        config.seed,
+        config.augmentation(),
+        crop=config.crop,
+        crop_before=config.crop_steps * config.batch_size or None,
+    )
     positions = range(first * config.batch_size, config.steps * config.batch_size)
     loader = DataLoader(
         examples,
@@ -118,7 +126,9 @@ def train(config: TrainConfig) -> Path:
         accelerator.wait_for_everyone()
         return path
 
-    averaged = BerDiff(ema.module, model.schedule, model.prediction, preprocessing=model.preprocessing)
+    averaged = BerDiff(
+        ema.module, model.schedule, model.prediction, preprocessing=model.preprocessing, spacing=model.spacing
+    )
     batches: Iterator[dict[str, torch.Tensor]] = iter(loader)
     with Records(output, config, first, enabled=accelerator.is_main_process) as records, _stop_signal() as stop:
         for step in range(first, config.steps):
@@ -235,7 +245,6 @@ def _validate(
         seed=config.seed,
         steps=config.validation_steps,
         method=config.validation_method,
-        spacing=config.validation_spacing,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     ):
