@@ -72,10 +72,9 @@ def main() -> None:
     }
     img = model.preprocess(cases.images)
     for method, steps, spacing in (
+        ("ddim", 10, "trailing-quadratic"),
         ("ddim", 10, "uniform"),
-        ("ddim", 10, "trailing"),
-        ("ddim", 50, "uniform"),
-        ("d3pm", 50, "trailing"),
+        ("ddim", 50, "trailing-quadratic"),
     ):
         found, geds, exact = [], [], []
         for i in range(args.phantoms):

@@ -4,8 +4,8 @@
 
     python benchmarks/recipe.py train.h5 val.h5 --folder runs/recipe --output benchmarks/results/recipe.json
 
-A variant differs from the first in what its name says; so do the samplers, which all draw with the first variant's
-models. Every result is kept in the folder as it comes, so the same command goes on where it stopped.
+A variant differs from the first in what its name says; so do the samplers, which all draw with the bundled model, for
+each seed once. Every result is kept in the folder as it comes, so the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -88,27 +88,41 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=48)
     parser.add_argument("--n", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--tables", nargs="+", default=["training", "samplers"], choices=["training", "samplers"])
     args = parser.parse_args()
 
     args.folder.mkdir(parents=True, exist_ok=True)
+    whole = RaterDataset(args.val_data)
     args.train_data, args.val_data = (crop(Path(p), args.folder) for p in (args.train_data, args.val_data))
     slices = RaterDataset(args.val_data)
-    chosen = evaluate.spread(len(slices), args.slices)
     budget = {"steps": args.steps, "batch_size": args.batch_size, **BUDGET}
     results: dict = {
         "budget": budget | {"crop": CROP},
         "validation": {"slices": args.slices, "n": args.n, "sampling_steps": 10, **SAMPLER},
+        "samplers_of": {"model": "lidc", "slices": args.slices // 2, "n": args.n // 2, "sampling_steps": 10},
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "training": [],
         "samplers": [],
     }
 
-    def score(folder: Path, table: str, name: str, seed: int, model: bf.BerDiff, options: dict, **more) -> None:
+    def score(
+        folder: Path,
+        table: str,
+        name: str,
+        seed: int,
+        model: bf.BerDiff,
+        data: RaterDataset,
+        slices: int,
+        n: int,
+        options: dict,
+        **more: int,
+    ) -> None:
         """Measure one model with one sampler, unless that was done before, and write all there is."""
         kept = folder / f"{table}-{name}.json".replace(" ", "")
         if not kept.is_file():
-            drawn = evaluate.sample_slices(model, slices, chosen, n=args.n, seed=0, steps=10, **SAMPLER | options)
+            chosen = evaluate.spread(len(data), slices)
+            drawn = evaluate.sample_slices(model, data, chosen, n=n, steps=10, **SAMPLER | options)
             rows = [row for _, _, raters, masks in drawn for row in evaluate.measure(raters, masks)]
             numbers = {k: round(v, 4) for k, v in evaluate.summarize(rows).items()}
             write_text(kept, json.dumps({"variant": name, "seed": seed, **more, **numbers}))
@@ -117,7 +131,7 @@ def main() -> None:
         print(results[table][-1], flush=True)
 
     for seed in args.seeds:
-        for number, (name, changes) in enumerate(VARIANTS.items()):
+        for number, (name, changes) in enumerate(VARIANTS.items() if "training" in args.tables else ()):
             folder = args.folder / f"{number}-seed{seed}"
             start = time.monotonic()
             config = TrainConfig(
@@ -132,10 +146,17 @@ def main() -> None:
             seconds = folder / "seconds.json"
             if not seconds.is_file():
                 write_text(seconds, str(round(time.monotonic() - start)))
-            score(folder, "training", name, seed, model, {}, train_seconds=json.loads(seconds.read_text()))
-        first = bf.load(args.folder / f"0-seed{seed}" / "model.safetensors")
-        for name, options in SAMPLERS.items():
-            score(args.folder / f"0-seed{seed}", "samplers", name, seed, first, options)
+            score(
+                *(folder, "training", name, seed, model, slices, args.slices, args.n, {"seed": 0}),
+                train_seconds=json.loads(seconds.read_text()),
+            )
+        folder = args.folder / f"samplers-seed{seed}"
+        for name, options in SAMPLERS.items() if "samplers" in args.tables else ():
+            folder.mkdir(exist_ok=True)
+            score(
+                *(folder, "samplers", name, seed, bf.load("lidc"), whole, args.slices // 2, args.n // 2),
+                options | {"seed": seed},
+            )
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from berdiff_fast.model import load
     from berdiff_fast.training import evaluate
 
-    state = PartialState(cpu=options.device == "cpu")
+    state = PartialState(cpu=training.on_cpu(options.device))
     model = load(options.model).to(state.device)
     summary = evaluate.evaluate(
         model,

@@ -82,7 +82,7 @@ def test_two_processes_give_the_same(data, model_file, tmp_path):
     def run(processes: int) -> dict:
         output = tmp_path / str(processes)
         words = ["evaluate", "--model", model_file, "--data", str(data.path), "--output", str(output)]
-        options = ["--samples", "3", "--steps", "3", "--batch", "2", "--save-masks", "--device", "cpu"]
+        options = ["--samples", "3", "--steps", "3", "--batch", "2", "--save-masks"]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command = [*launcher, "-m", "berdiff_fast.cli", *words, *options]
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)

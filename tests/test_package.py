@@ -206,8 +206,8 @@ def test_readme_code_runs():
     first, second = readme_blocks()
     names: dict = {}
     exec(first, names)
-    assert names["masks"].shape == (1, 16, 1, 64, 64)
-    assert names["disagreement"].shape == (1, 1, 64, 64)
+    assert names["masks"].shape == (1, 16, 1, 128, 128)
+    assert names["disagreement"].shape == (1, 1, 128, 128)
     names.update(torch=torch, img=torch.zeros(1, 1, 8, 8), network=lambda x, t: x[:, :1] * 0.0 - 2.0)
     exec(second, names)
     assert names["masks"].shape == names["more"].shape == (1, 16, 1, 8, 8)

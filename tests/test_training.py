@@ -311,7 +311,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path):
 def test_two_processes_train_what_one_does(data, tmp_path):
     def run(processes: int) -> Path:
         output = tmp_path / str(processes)
-        words = arguments(config(data, output, steps=30, val_data=data["val_data"], validation_slices=4))
+        words = arguments(config(data, output, steps=30, val_data=data["val_data"], validation_slices=4, device="auto"))
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command = [*launcher, "-m", "berdiff_fast.cli", *words, "--validation-samples", "2"]
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)

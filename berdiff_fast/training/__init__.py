@@ -11,3 +11,11 @@ def require() -> None:
         import yaml  # noqa: F401
     except ImportError as error:
         raise ImportError(f'training and evaluation need {error.name}: pip install "berdiff_fast[train]"') from error
+
+
+def on_cpu(device: str) -> bool:
+    """Whether "auto" or "cpu" means the CPU. Accelerate has to be told: left to itself on a machine without a GPU, it
+    takes every process that torchrun started for the only one."""
+    import torch
+
+    return device == "cpu" or not torch.cuda.is_available()

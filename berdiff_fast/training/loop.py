@@ -27,7 +27,7 @@ from berdiff_fast.data.examples import TrainingExamples
 from berdiff_fast.data.hdf5 import RaterDataset, check_disjoint
 from berdiff_fast.files import write_text
 from berdiff_fast.model import BerDiff, load
-from berdiff_fast.training import checkpoints, evaluate
+from berdiff_fast.training import checkpoints, evaluate, on_cpu
 from berdiff_fast.training.config import TrainConfig
 from berdiff_fast.training.records import Records
 
@@ -57,7 +57,7 @@ def train(config: TrainConfig) -> Path:
     accelerator = Accelerator(
         mixed_precision=config.precision.replace("fp32", "no"),
         gradient_accumulation_steps=config.accumulation,
-        cpu=config.device == "cpu",
+        cpu=on_cpu(config.device),
         # Each batch of the loader is one of all processes together; every process takes its slice of it.
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
     )
