@@ -6,10 +6,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from berdiff_fast import __version__, demo, info, training
 from berdiff_fast.backends.select import BACKENDS
+from berdiff_fast.files import write_text
 from berdiff_fast.schedule import METHODS, SPACINGS
 
 
@@ -41,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_import(commands)
     _add_train(commands)
     _add_evaluate(commands)
+    _add_bench(commands)
 
     options = parser.parse_args(arguments)
     try:
@@ -134,6 +137,69 @@ def _evaluate(options: argparse.Namespace) -> int:
     )
     if state.is_main_process:
         print(json.dumps(summary) if options.json else evaluate.as_text(summary))
+    return 0
+
+
+_BENCH_EPILOG = """\
+examples:
+  berdiff-fast bench --quick                       under five minutes on a laptop
+  berdiff-fast bench --output bench/               everything; writes bench.json, bench.md and bench.png
+  berdiff-fast bench --only call                   cases whose name or group contains a word
+  berdiff-fast bench --from bench/bench.json --update README.md
+"""
+
+
+def _add_bench(commands: Any) -> None:
+    command = commands.add_parser(
+        "bench",
+        help="time kernels and whole calls against plain PyTorch on this machine",
+        description="Every contender's result is checked before it is timed, and they are timed in turns.",
+        epilog=_BENCH_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--output", default="bench", help="folder for JSON, table and picture (default: %(default)s)")
+    command.add_argument("--quick", action="store_true", help="leave out what takes minutes on a laptop")
+    command.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases with one of these words")
+    command.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(default: %(default)s)")
+    command.add_argument("--from", dest="source", metavar="JSON", help="measure nothing, take what was measured before")
+    command.add_argument(
+        "--update", nargs="+", default=[], metavar="FILE", help="Markdown files with places for tables to fill"
+    )
+    command.set_defaults(run=_bench)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import torch
+
+    from berdiff_fast.bench import cases, report
+    from berdiff_fast.bench.runner import Settings
+
+    if options.source:
+        measured = json.loads(Path(options.source).read_text(encoding="utf-8"))
+    else:
+        device = options.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        chosen = [
+            case
+            for case in cases.registry(device, quick=options.quick)
+            if not options.only or any(w in f"{case.group} {case.name}" for w in options.only)
+        ]
+        if not chosen:
+            raise ValueError(f"only: no case has one of {options.only} in its name or group")
+        folder = Path(options.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = Settings(device, seconds=10.0 if options.quick else 60.0)
+        measured = report.measure(chosen, settings, folder / "bench.json")
+        write_text(folder / "bench.md", report.tables(measured))
+        try:
+            report.plot(measured, folder / "bench.png")
+        except ImportError as error:
+            print(f"no picture: {error}", file=sys.stderr)
+        print(f"written: {folder}")
+    for path in options.update:
+        if not report.update(path, measured):
+            raise ValueError(f"update: {path} has no place for a table, such as <!-- bench: call --> <!-- /bench -->")
     return 0
 
 

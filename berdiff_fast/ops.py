@@ -30,6 +30,7 @@ from berdiff_fast.schedule import LOSS_COLUMNS, NoiseSchedule
 __all__ = [
     "BackendUnavailableError",
     "diffusion_loss",
+    "group_norm_silu",
     "initial_noise",
     "overlap",
     "posterior",
@@ -331,6 +332,45 @@ def overlap(a: torch.Tensor, b: torch.Tensor | None = None, *, backend: str = "a
     return _call("overlap", a, a=a, b=b)(a, b, backend)
 
 
+def group_norm_silu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    *,
+    other: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    silu: bool = True,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """GroupNorm (Wu & He, arXiv 1803.08494), then SiLU, of one tensor or of two concatenated, channels last throughout.
+
+    Where memory is the limit this is one pass to read and one to read and write, instead of the seven passes of
+    ``silu(group_norm(cat([x, other], 1)))``. For inference: not differentiable. Results are within 1e-6 of float64's
+    relative to the largest one, not equal bits: sums may be taken in another order. The tensors' memory is best
+    channels last (``torch.channels_last``); others are copied.
+
+    Args:
+        x: (N, C, *spatial) float32, float16 or bfloat16.
+        weight, bias: (C + C') float32.
+        groups: a divisor of C + C'.
+        other: (N, C', *spatial) in the dtype of x: channels after those of x, none by default.
+        eps: added to the variance.
+        silu: apply y sigmoid(y) to the result.
+        backend: "auto", "reference", "cpp" (float32), "triton", or "cuda", which takes Triton's kernels where they are.
+
+    Returns:
+        (N, C + C', *spatial) in the dtype of x, channels last in memory.
+
+    Raises:
+        ValueError, TypeError, BackendUnavailableError: naming the argument.
+    """
+    tensors = {"x": x, "weight": weight, "bias": bias} | ({} if other is None else {"other": other})
+    if backend == "auto" and x.is_cpu and x.dtype is not torch.float32:
+        backend = "reference"
+    return _call("group_norm_silu", x, **tensors)(x, other, weight, bias, groups, eps, silu, backend)
+
+
 def _samples_per_image(y_t: torch.Tensor, seeds: torch.Tensor, first_row: int) -> int:
     rows, images = y_t.size(0) if y_t.ndim else 1, seeds.numel()
     if first_row or not images or rows % images:
@@ -578,6 +618,43 @@ def _overlap_output(a: torch.Tensor, b: torch.Tensor | None, backend: str) -> to
     return torch.zeros((images, masks, masks), dtype=torch.int64, device=a.device)
 
 
+def _group_norm_silu_output(
+    x: torch.Tensor,
+    other: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    backend: str,
+) -> torch.Tensor:
+    if x.ndim < 3:
+        raise ValueError(f"x must be (N, C, *spatial), got shape {tuple(x.shape)}")
+    if x.dtype not in LOGIT_DTYPES:
+        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
+    if backend == "cpp" and x.dtype is not torch.float32:
+        raise TypeError(f"x must be float32 for backend 'cpp', got {x.dtype}")
+    channels = x.shape[1]
+    if other is not None:
+        if other.dtype is not x.dtype:
+            raise TypeError(f"other must have the dtype of x, {x.dtype}, got {other.dtype}")
+        if other.ndim != x.ndim or (other.shape[0], *other.shape[2:]) != (x.shape[0], *x.shape[2:]):
+            raise ValueError(
+                f"other must have the shape of x, {tuple(x.shape)}, but for channels, got {tuple(other.shape)}"
+            )
+        channels += other.shape[1]
+    _check_ints(groups=groups)
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups must be a divisor of the {channels} channels, got {groups}")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector.dtype is not torch.float32 or vector.shape != (channels,):
+            raise ValueError(
+                f"{name} must be float32 of shape ({channels},), got {vector.dtype} of shape {tuple(vector.shape)}"
+            )
+    _check_devices(x, weight=weight, bias=bias, **({} if other is None else {"other": other}))
+    return x.new_empty((x.shape[0], *x.shape[2:], channels)).movedim(-1, 1)
+
+
 # ---------------------------------------------------------------------- registration
 #
 # Plain Python functions behind torch.library schemas. `_op_output` has the op's arguments, checks them and makes the
@@ -693,6 +770,24 @@ def _overlap(*arguments):
     return out
 
 
+def _group_norm_silu(*arguments):
+    out = _group_norm_silu_output(*arguments)
+    x, other, weight, bias, groups, eps, silu, backend = arguments
+    kernels = select.get(backend, x.device.type)
+    if out.numel():
+        kernels.group_norm_silu(
+            out.movedim(1, -1),
+            x.movedim(1, -1).contiguous(),
+            None if other is None else other.movedim(1, -1).contiguous(),
+            weight.contiguous(),
+            bias.contiguous(),
+            groups,
+            eps,
+            silu,
+        )
+    return out
+
+
 _register(
     "initial_noise(Tensor seeds, SymInt[] mask_shape, SymInt rows, SymInt samples_per_image, SymInt first_row, "
     "SymInt first_sample, ScalarType dtype, str backend) -> Tensor",
@@ -727,3 +822,9 @@ torch.library.register_autograd(
     "berdiff_fast::diffusion_loss", _scale_gradient, setup_context=_save_gradient, lib=_library
 )
 _register("overlap(Tensor a, Tensor? b, str backend) -> Tensor", _overlap, _overlap_output)
+_register(
+    "group_norm_silu(Tensor x, Tensor? other, Tensor weight, Tensor bias, int groups, float eps, bool silu, "
+    "str backend) -> Tensor",
+    _group_norm_silu,
+    _group_norm_silu_output,
+)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from torch import nn
 
 from berdiff_fast import checks, ops, rng
 from berdiff_fast.backends import select
+from berdiff_fast.model import BerDiff
+from berdiff_fast.network import inference
 from berdiff_fast.schedule import NoiseSchedule
 
 logger = logging.getLogger("berdiff_fast")
@@ -40,6 +42,7 @@ def sample(
     schedule: NoiseSchedule | str | None = None,
     prediction: str | None = None,
     return_probability: bool = False,
+    prepare: bool | str = True,
     backend: str = "auto",
     progress: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +72,10 @@ def sample(
         max_batch: masks per call of the network, B x n by default. Where a GPU's memory does not suffice, it is halved.
         schedule, prediction: for a model that is not a ``BerDiff``, or to override its own.
         return_probability: also return the probability P(y_0 = 1) of the last step.
-        backend: "auto", "reference", "cpp", "cuda" or "triton".
+        prepare: run a ``UNet`` in its prepared form (``network.inference``), which is faster and equal up to rounding.
+            "winograd" has its 3 x 3 convolutions multiply a quarter as often, in float32 on a CPU, for a digit less;
+            False runs it as it is, as every other network is run.
+        backend: of the draws: "auto", "reference", "cpp", "cuda" or "triton".
         progress: show a progress bar.
 
     Returns:
@@ -97,7 +103,7 @@ def sample(
         backend,
     )
     with _evaluating(model), torch.no_grad(), _bar(plan, progress) as advance:
-        return plan.run(model, return_probability, advance)
+        return plan.run(_network(model, plan, prepare), return_probability, advance)
 
 
 @dataclass
@@ -109,6 +115,7 @@ class _Plan:
     n: int
     timesteps: list[int]  # in the order they are visited
     coefficients: torch.Tensor  # (S, 4) float32 on the device, same order
+    table: tuple[float, ...]  # the same as numbers, to tell plans apart
     seeds: torch.Tensor  # (B,) int64 on the device
     first_sample: int
     prediction: str
@@ -162,7 +169,8 @@ class _Plan:
             mask_shape=(getattr(model, "mask_channels", 1), *img.shape[2:]),
             n=n,
             timesteps=taus[::-1],
-            coefficients=table.flip(0).float().to(img.device),
+            coefficients=table.flip(0).float().to(img.device, non_blocking=True),
+            table=(*map(float, taus), *table.flatten().tolist()),
             seeds=_seeds(seed, img.shape[0]).to(img.device),
             first_sample=first_sample,
             prediction=prediction,
@@ -176,15 +184,13 @@ class _Plan:
         return self.img.shape[0] * self.n
 
     def run(
-        self, model: Model, return_probability: bool, advance: Callable[[int], None]
+        self, network: _Network, return_probability: bool, advance: Callable[[int], None]
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         device = self.img.device
         masks = torch.empty((self.rows, *self.mask_shape), dtype=torch.bool, device=device)
         probability = torch.empty(masks.shape, dtype=torch.float32, device=device) if return_probability else None
         # One flag per step. The kernels raise it, and it is read once, when all work is queued.
         nan_flags = torch.zeros(len(self.timesteps), dtype=torch.int32, device=device)
-        t = torch.tensor(self.timesteps, device=device)
-
         first, size = 0, self.max_batch
         while first < self.rows:
             last = min(first + size, self.rows)
@@ -196,7 +202,7 @@ class _Plan:
                 advance(rows)
 
             try:
-                self._run_chunk(model, first, last, t, nan_flags, masks, probability, count)
+                self._run_chunk(network, first, last, nan_flags, masks, probability, count)
             except RuntimeError as error:  # torch.OutOfMemoryError is one, and so are the libraries' own
                 if last - first == 1 or not _is_out_of_memory(error):
                     raise
@@ -221,35 +227,67 @@ class _Plan:
 
     def _run_chunk(
         self,
-        model: Model,
+        network: _Network,
         first: int,
         last: int,
-        t: torch.Tensor,
         nan_flags: torch.Tensor,
         masks: torch.Tensor,
         probability: torch.Tensor | None,
         advance: Callable[[int], None],
     ) -> None:
         """All steps of masks [first, last) of the batch of B x n."""
-        rows = last - first
-        img = self._img_of(first, last)
+        chunk = self._chunk(first, last)
+        graph = network.graph(self, chunk) if probability is None else None
+        if graph is not None:
+            drawn, flags = graph.replay(chunk)
+            nan_flags.logical_or_(flags)
+            masks[first:last] = drawn
+            advance((last - first) * len(self.timesteps))
+            return
+        of_chunk = None if probability is None else probability[first:last]
+        masks[first:last] = self.draw(network, chunk, nan_flags, of_chunk, advance)
+
+    def _chunk(self, first: int, last: int) -> _Chunk:
+        n, low, high = self.n, first // self.n, (last - 1) // self.n + 1
+        img = self.img[low:high]
+        if high - low == 1:  # told as a batch of its own, as are whole images: equal work has equal names
+            return _Chunk(img, self.seeds[low:high], last - first, last - first, self.first_sample + first % n)
+        if first % n == 0 and last % n == 0:
+            return _Chunk(img, self.seeds[low:high], last - first, n, self.first_sample)
+        of_row = torch.arange(first, last, device=img.device) // n - low
+        return _Chunk(img, self.seeds[low:high], last - first, n, self.first_sample, first % n, of_row)
+
+    def draw(
+        self,
+        network: _Network,
+        chunk: _Chunk,
+        nan_flags: torch.Tensor,
+        probability: torch.Tensor | None = None,
+        advance: Callable[[int], None] = lambda rows: None,
+    ) -> torch.Tensor:
+        """All steps of a chunk: bool (rows, K, *spatial)."""
+        images = network.images(chunk.img)
+        images = network.repeat(images, chunk.n) if chunk.of_row is None else images[chunk.of_row]
         where: dict[str, Any] = dict(
-            samples_per_image=self.n, first_row=first, first_sample=self.first_sample, backend=self.backend
+            samples_per_image=chunk.n,
+            first_row=chunk.first_row,
+            first_sample=chunk.first_sample,
+            backend=self.backend,
         )
-        y = ops.initial_noise(self.seeds, self.mask_shape, rows=rows, dtype=img.dtype, **where)
+        y = ops.initial_noise(chunk.seeds, self.mask_shape, rows=chunk.rows, dtype=self.img.dtype, **where)
         for step, timestep in enumerate(self.timesteps):
-            logits = model(y, t[step].expand(rows), img)
+            logits = network(y, step, images)
             if step == 0:
                 _check_logits(logits, y)
             is_last = step == len(self.timesteps) - 1
             if is_last and probability is not None:
-                probability[first:last] = ops.posterior(
-                    y, logits, self.coefficients[step], prediction=self.prediction, backend=self.backend
+                probability.copy_(
+                    ops.posterior(y, logits, self.coefficients[step], prediction=self.prediction, backend=self.backend)
                 )
             y = ops.sample_step(
                 y,
                 logits,
-                self.seeds,
+                chunk.seeds,
                 self.coefficients[step],
                 timestep,
                 prediction=self.prediction,
@@ -258,15 +296,134 @@ class _Plan:
                 nan_flag=nan_flags[step : step + 1],
                 **where,
             )
-            advance(rows)
-        masks[first:last] = y
+            advance(chunk.rows)
+        return y
 
-    def _img_of(self, first: int, last: int) -> torch.Tensor:
-        """The image of each mask of a chunk: a view where all are of one image."""
-        if first // self.n == (last - 1) // self.n:
-            one = self.img[first // self.n]
-            return one.expand(last - first, *one.shape)
-        return self.img[torch.arange(first, last, device=self.img.device) // self.n]
+
+@dataclass
+class _Chunk:
+    """Masks that go through the network together."""
+
+    img: torch.Tensor  # (b, C, *spatial)
+    seeds: torch.Tensor  # (b,)
+    rows: int
+    n: int  # masks per image
+    first_sample: int
+    first_row: int = 0  # the first one's number among those of these images
+    of_row: torch.Tensor | None = None  # (rows,) which image; None: n of each in turn
+
+
+# ---------------------------------------------------------------------- the network
+
+
+class _Network:
+    """A model as it is, called at the plan's timesteps."""
+
+    def __init__(self, model: Model, plan: _Plan) -> None:
+        self.model = model
+        self.t = torch.tensor(plan.timesteps, device=plan.img.device)
+
+    def images(self, img: torch.Tensor) -> torch.Tensor:
+        """What ``__call__`` wants of images (B, C, *spatial)."""
+        return img
+
+    def repeat(self, images: torch.Tensor, n: int) -> torch.Tensor:
+        """It for n masks of each image: a view where there is one."""
+        return images.expand(n, *images.shape[1:]) if len(images) == 1 else images.repeat_interleave(n, 0)
+
+    def __call__(self, y: torch.Tensor, step: int, images: torch.Tensor) -> torch.Tensor:
+        return self.model(y, self.t[step].expand(len(y)), images)
+
+    def graph(self, plan: _Plan, chunk: _Chunk) -> _Graph | None:
+        """The captured form of a chunk's work; None where it is run call by call."""
+        return None
+
+
+class _Prepared(_Network):
+    """A ``UNet`` in its prepared form."""
+
+    def __init__(self, prepared: inference.PreparedUNet) -> None:
+        self.prepared = prepared
+
+    def graph(self, plan: _Plan, chunk: _Chunk) -> _Graph | None:
+        if not plan.img.is_cuda or chunk.of_row is not None:
+            return None
+        graphs = self.prepared.graphs
+        key = (
+            tuple(chunk.img.shape),
+            chunk.n,
+            chunk.first_sample,
+            plan.table,
+            plan.prediction,
+            plan.final,
+            plan.backend,
+        )
+        if key not in graphs:
+            while len(graphs) >= _GRAPHS:
+                graphs.pop(next(iter(graphs)))
+            try:
+                graphs[key] = _Graph(plan, self, chunk)
+            except RuntimeError as error:
+                if _is_out_of_memory(error):
+                    raise
+                logger.warning("no CUDA graph, so every kernel is launched by itself: %s", error)
+                graphs[key] = None
+        return graphs[key]
+
+    def images(self, img: torch.Tensor) -> torch.Tensor:
+        return self.prepared.encode(img)
+
+    def repeat(self, images: torch.Tensor, n: int) -> torch.Tensor:
+        return images  # they are added to those of n masks each
+
+    def __call__(self, y: torch.Tensor, step: int, images: torch.Tensor) -> torch.Tensor:
+        return self.prepared(y, step, images)
+
+
+#: Captured graphs that a prepared network keeps, each with the memory of its activations.
+_GRAPHS = 4
+
+
+class _Graph:
+    """All steps of a chunk as one CUDA graph, whose inputs are images and seeds: the host launches once."""
+
+    def __init__(self, plan: _Plan, network: _Network, chunk: _Chunk) -> None:
+        self.chunk = replace(chunk, img=chunk.img.clone(), seeds=chunk.seeds.clone())
+        self.flags = torch.zeros(len(plan.timesteps), dtype=torch.int32, device=chunk.img.device)
+        aside = torch.cuda.Stream(chunk.img.device)
+        aside.wait_stream(torch.cuda.current_stream(chunk.img.device))
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # libraries choose their algorithms and Triton compiles before anything is recorded
+                plan.draw(network, self.chunk, self.flags)
+        torch.cuda.current_stream(chunk.img.device).wait_stream(aside)
+        # A plan is one call's; the graph keeps what of it the kernels read.
+        self.kept = (plan.coefficients, network)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.flags.zero_()
+            self.masks = plan.draw(network, self.chunk, self.flags)
+
+    def replay(self, chunk: _Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks and NaN flags, which the next replay overwrites."""
+        self.chunk.img.copy_(chunk.img)
+        self.chunk.seeds.copy_(chunk.seeds)
+        self.graph.replay()
+        return self.masks, self.flags
+
+
+def _network(model: Model, plan: _Plan, prepare: bool | str) -> _Network:
+    if prepare not in (True, False, "winograd"):
+        raise ValueError(f"prepare must be True, False or 'winograd', got {prepare!r}")
+    if not prepare or type(model) is not BerDiff or model._forward_hooks or model._forward_pre_hooks:
+        return _Network(model, plan)
+    network: Any = model.network
+    reason = inference.why_not(network)
+    if reason is not None:
+        logger.debug("the network is run as it is: %s", reason)
+        return _Network(model, plan)
+    scale = 1000.0 / model.schedule.timesteps if model.rescale_timesteps else 1
+    timesteps = [t * scale for t in plan.timesteps]
+    return _Prepared(inference.prepare(network, timesteps, winograd=prepare == "winograd"))
 
 
 # ---------------------------------------------------------------------- arguments

@@ -18,6 +18,13 @@ from berdiff_fast.backends import triton as kernels
 
 ROWS = {"samples_per_image": "i32", "first_row": "i64", "first_sample": "i64"}
 SHAPE = {"pixels": "i64", "chunks_per_row": "i64"}
+
+
+def both(dtype: str) -> dict[str, str]:
+    """Two tensors, concatenated by channel."""
+    return {"x": f"*{dtype}", "other": f"*{dtype}", "count": "i32", "other_count": "i32"}
+
+
 COMBINATIONS = {
     "noise_kernel": [({"out": f"*{m}", "seeds": "*i64", **SHAPE, **ROWS}, {}) for m in ("u8", "fp32", "bf16", "fp16")],
     "q_sample_kernel": [
@@ -84,6 +91,30 @@ COMBINATIONS = {
         )
         for g, z, y in (("fp32", "fp32", "u8"), ("bf16", "bf16", "bf16"), ("fp32", "fp16", "fp16"))
         for y0, ignores in ((False, False), (True, True))
+    ],
+    "group_norm_sums_kernel": [
+        (
+            {"sums": "*fp32", **both(z), "pixels": "i64", "spans": "i64"},
+            {**kernels.GROUP_NORM_SIZES, "STEPS": kernels.GROUP_NORM_STEPS},
+        )
+        for z in ("fp32", "bf16", "fp16")
+    ],
+    "group_norm_factors_kernel": [
+        (
+            {
+                **{"factors": "*fp32", "sums": "*fp32", **both(z), "weight": "*fp32", "bias": "*fp32"},
+                **{"pixels": "i64", "spans": "i64", "groups": "i32", "eps": "fp32"},
+            },
+            {"SIZE": size},
+        )
+        for z, size in (("fp32", 4), ("bf16", 32), ("fp16", 1))
+    ],
+    "group_norm_apply_kernel": [
+        (
+            {"out": f"*{z}", "factors": "*fp32", **both(z), "pixels": "i64", "spans": "i64"},
+            {"SILU": silu, **kernels.GROUP_NORM_SIZES},
+        )
+        for z, silu in (("fp32", True), ("bf16", True), ("bf16", False), ("fp16", True))
     ],
     "loss_value_kernel": [({"value": "*fp32", "partial": "*fp32", "chunks_per_row": "i64"}, {"BLOCK": 128})],
 }

@@ -47,7 +47,7 @@ def test_avx512_source_gives_equal_bits(tmp_path):
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT),
-            *(str(ROOT / "tests" / f"test_{name}.py") for name in ("equal_bits", "loss", "overlap")),
+            *(str(ROOT / "tests" / f"test_{name}.py") for name in ("equal_bits", "loss", "overlap", "inference")),
             "-k", "(not interpreted and not 1000- and not 50-) and (test_equal_bits or test_overlap or avx512)",
         ],
         env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=500,

@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from berdiff_fast import NoiseSchedule, UNet, image_seeds, metrics, ops, sample
+from berdiff_fast import BerDiff, NoiseSchedule, UNet, image_seeds, load, metrics, ops, sample
 from berdiff_fast.backends import select
+from berdiff_fast.network import inference
 
 pytestmark = pytest.mark.gpu
 
@@ -157,3 +158,45 @@ def test_metrics_on_the_gpu():
     for name, value in metrics.evaluate(raters.cuda(), samples.cuda()).items():
         assert value.is_cuda
         assert torch.equal(value.cpu(), expected[name])
+
+
+@pytest.fixture
+def exact_float32():
+    """Convolutions without TF32."""
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_prepared_call_is_one_graph(exact_float32, dtype):
+    """The captured call draws what the network does as it is, for images and seeds it was not captured with."""
+    torch.manual_seed(0)
+    model = BerDiff(UNet(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, norm_groups=8))
+    with torch.no_grad():
+        for p in model.network.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    model = model.to("cuda", dtype)
+    for seed in range(3):
+        img = torch.randn(2, 1, 64, 64, device="cuda").to(dtype)
+        got = sample(model, img, 4, 10, seed=seed)
+        expected = sample(model, img, 4, 10, seed=seed, prepare=False)
+        assert (got != expected).float().mean() < (1e-3 if dtype is torch.float32 else 0.05)
+        assert torch.equal(got, sample(model, img, 4, 10, seed=seed))
+        across = sample(model, img, 4, 10, seed=seed, max_batch=3)  # chunks across images are not captured
+        assert (got != across).float().mean() < (1e-3 if dtype is torch.float32 else 0.05)
+    (graph,) = (g for key, g in inference._prepared[model.network][2].graphs.items() if key[0][0] == 2)
+    assert graph is not None, "it was not captured; the log says why"
+    with torch.no_grad():
+        model.network.out[2].weight.mul_(-1)
+    assert not torch.equal(sample(model, img, 4, 10, seed=seed), got), "changed weights were not noticed"
+
+
+def test_nothing_waits_in_the_captured_call():
+    model = load("lidc").cuda()
+    img = torch.randn(1, 1, 128, 128, device="cuda")
+    sample(model, img, 16, 10, seed=0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        sample(model, img, 16, 10, seed=1)
+    counts = {e.key: e.count for e in profiler.key_averages()}
+    assert counts.get("cudaGraphLaunch") == 1
+    assert sum(c for k, c in counts.items() if "LaunchKernel" in k) <= 30  # checks of the arguments, copies, NaN flags

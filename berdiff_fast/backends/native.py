@@ -176,3 +176,30 @@ class NativeBackend:
             pixels,
             self._context(value),
         )
+
+    def group_norm_silu(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        other: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        groups: int,
+        eps: float,
+        silu: bool,
+    ) -> None:
+        self.module.group_norm(
+            out.data_ptr(),
+            x.data_ptr(),
+            x.shape[-1],
+            0 if other is None else other.data_ptr(),
+            0 if other is None else other.shape[-1],
+            weight.data_ptr(),
+            bias.data_ptr(),
+            out.shape[0],
+            math.prod(out.shape[1:-1]),
+            groups,
+            eps,
+            silu,
+            self._context(out),
+        )

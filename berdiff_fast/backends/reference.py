@@ -7,6 +7,7 @@ Each eager operation rounds once, so following the order of ``csrc/include/berdi
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from berdiff_fast import rng
 
@@ -166,3 +167,20 @@ def overlap(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     for counts, masks_a, masks_b in zip(out, a, b, strict=True):
         masks = torch.cat([masks_a.flatten(1) != 0, masks_b.flatten(1) != 0]).double()
         counts.copy_(masks @ masks.T)
+
+
+@torch.no_grad()
+def group_norm_silu(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    other: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> None:
+    both = x if other is None else torch.cat([x, other], dim=-1)
+    # Channels first: torch's kernel for channels last loses a digit and a half (2.13, on the CPU).
+    y = F.group_norm(both.movedim(-1, 1).float().contiguous(), groups, weight, bias, eps)
+    out.copy_((F.silu(y) if silu else y).movedim(1, -1))

@@ -120,7 +120,7 @@ _found: dict[tuple[str, str], Any] = {}
 
 def get(name: str, device_type: str) -> Any:
     """The backend that runs ops on a device type: an object with the functions noise, q_sample, step, posterior,
-    diffusion_loss and overlap.
+    diffusion_loss, overlap and group_norm_silu.
 
     "auto" takes the fastest that can run and logs the choice once. An
     explicit name never falls back.

@@ -383,6 +383,130 @@ def loss_value_kernel(value, partial, chunks_per_row, BLOCK: tl.constexpr):
     tl.store(value + row, tl.sum(sums, axis=0).to(tl.float32))
 
 
+# ---------------------------------------------------------------------- GroupNorm and SiLU, channels last
+
+
+@triton.jit
+def load_both(x, other, pixel, channel, count, other_count, live):
+    """Elements (pixels, channels) of two tensors concatenated by channel, as float32."""
+    in_x = live[:, None] & (channel < count)[None, :]
+    in_other = live[:, None] & ((channel >= count) & (channel < count + other_count))[None, :]
+    of_x = tl.load(x + pixel[:, None] * count + channel[None, :], mask=in_x, other=0.0)
+    of_other = tl.load(other + pixel[:, None] * other_count + channel[None, :] - count, mask=in_other, other=0.0)
+    return tl.where((channel < count)[None, :], of_x.to(tl.float32), of_other.to(tl.float32))
+
+
+@triton.jit
+def group_norm_sums_kernel(
+    sums, x, other, count, other_count, pixels, spans, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, STEPS: tl.constexpr
+):
+    # Of a span of pixels and CHANNELS channels: what they differ from the image's first pixel in all, and the squares.
+    # Taking a value of the channel itself away keeps the variance exact where the mean is large.
+    image = tl.program_id(0).to(tl.int64) // spans
+    span = tl.program_id(0).to(tl.int64) % spans
+    channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS).to(tl.int64)
+    first = image * pixels + tl.zeros((1,), tl.int64)
+    pivot = load_both(x, other, first, channel, count, other_count, first >= 0)
+    pixel = span * (STEPS * PIXELS) + tl.arange(0, PIXELS).to(tl.int64)
+    total = tl.zeros((CHANNELS,), tl.float32)
+    squares = tl.zeros((CHANNELS,), tl.float32)
+    for _ in range(STEPS):
+        live = pixel < pixels
+        off = load_both(x, other, image * pixels + pixel, channel, count, other_count, live) - pivot
+        off = tl.where(live[:, None], off, 0.0)
+        total += tl.sum(off, axis=0)
+        squares += tl.sum(off * off, axis=0)
+        pixel += PIXELS
+    channels = count + other_count
+    at = sums + 2 * channels * tl.program_id(0).to(tl.int64) + channel
+    tl.store(at, total, mask=channel < channels)
+    tl.store(at + channels, squares, mask=channel < channels)
+
+
+@triton.jit
+def group_norm_factors_kernel(
+    factors,
+    sums,
+    x,
+    other,
+    weight,
+    bias,
+    count,
+    other_count,
+    pixels,
+    spans,
+    groups,
+    eps,
+    SIZE: tl.constexpr,
+):
+    # Mean and variance of a group, as the scale and the shift of each of its channels. In float64: a first pixel far
+    # from the mean costs digits.
+    image = tl.program_id(0).to(tl.int64) // groups
+    group = tl.program_id(0).to(tl.int64) % groups
+    channels = count + other_count
+    size = channels // groups
+    index = tl.arange(0, SIZE).to(tl.int64)
+    live = index < size
+    channel = group * size + index
+    total = tl.zeros((SIZE,), tl.float64)
+    squares = tl.zeros((SIZE,), tl.float64)
+    for span in range(spans):
+        at = sums + 2 * channels * (image * spans + span) + channel
+        total += tl.load(at, mask=live, other=0.0).to(tl.float64)
+        squares += tl.load(at + channels, mask=live, other=0.0).to(tl.float64)
+    of_x = tl.load(x + image * pixels * count + channel, mask=live & (channel < count), other=0.0)
+    of_other = tl.load(
+        other + image * pixels * other_count + channel - count, mask=live & (channel >= count), other=0.0
+    )
+    pivot = tl.where(channel < count, of_x.to(tl.float64), of_other.to(tl.float64))
+    number = tl.zeros((1,), tl.float64) + pixels
+    means = tl.where(live, pivot + total / number, 0.0)
+    mean = tl.sum(means, axis=0) / size
+    off = tl.where(live, means - mean, 0.0)
+    within = tl.where(live, squares - total * total / number, 0.0)
+    variance = (tl.sum(within, axis=0) + number * tl.sum(off * off, axis=0)) / (number * size)
+    scale = tl.load(weight + channel, mask=live, other=0.0) / tl.sqrt(variance + eps)
+    shift = tl.load(bias + channel, mask=live, other=0.0) - mean * scale
+    tl.store(factors + 2 * channels * image + channel, scale.to(tl.float32), mask=live)
+    tl.store(factors + 2 * channels * image + channels + channel, shift.to(tl.float32), mask=live)
+
+
+@triton.jit
+def group_norm_apply_kernel(
+    out,
+    factors,
+    x,
+    other,
+    count,
+    other_count,
+    pixels,
+    spans,
+    SILU: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    image = tl.program_id(0).to(tl.int64) // spans
+    pixel = (tl.program_id(0).to(tl.int64) % spans) * PIXELS + tl.arange(0, PIXELS).to(tl.int64)
+    channel = tl.program_id(1).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS).to(tl.int64)
+    channels = count + other_count
+    live = pixel < pixels
+    known = channel < channels
+    scale = tl.load(factors + 2 * channels * image + channel, mask=known, other=0.0)
+    shift = tl.load(factors + 2 * channels * image + channels + channel, mask=known, other=0.0)
+    pixel += image * pixels
+    y = load_both(x, other, pixel, channel, count, other_count, live) * scale[None, :] + shift[None, :]
+    if SILU:
+        y = y / (1.0 + tl.exp(-y))
+    at = out + pixel[:, None] * channels + channel[None, :]
+    tl.store(at, y.to(out.dtype.element_ty), mask=live[:, None] & known[None, :])
+
+
+#: Channels and pixels of a program of these kernels, and how often the first takes so many pixels.
+GROUP_NORM_SIZES = {"CHANNELS": 64, "PIXELS": 64}
+GROUP_NORM_STEPS = 8
+_INTERPRETED_GROUP_NORM_SIZES = {"CHANNELS": 128, "PIXELS": 128}  # NumPy adds one after another: few at a time
+
+
 #: Passed to every launch and to every ahead-of-time compilation: products and sums stay separately rounded.
 LAUNCH_OPTIONS = {"enable_fp_fusion": False, "num_warps": 4}
 
@@ -530,6 +654,48 @@ class TritonBackend:
         )
         with torch.cuda.device_of(value) if value.is_cuda else contextlib.nullcontext():
             loss_value_kernel[(count,)](value, partial, chunks, BLOCK=128, num_warps=1)
+
+    def group_norm_silu(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        other: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        groups: int,
+        eps: float,
+        silu: bool,
+    ) -> None:
+        images, channels = out.shape[0], out.shape[-1]
+        pixels = math.prod(out.shape[1:-1])
+        source = (x, x if other is None else other, x.shape[-1], channels - x.shape[-1])
+        sizes = GROUP_NORM_SIZES if out.is_cuda else _INTERPRETED_GROUP_NORM_SIZES
+        blocks = triton.cdiv(channels, sizes["CHANNELS"])
+        spans = triton.cdiv(pixels, sizes["PIXELS"] * GROUP_NORM_STEPS)
+        sums = weight.new_empty(images * spans * 2 * channels)
+        factors = weight.new_empty(images * 2 * channels)
+        with torch.cuda.device_of(out) if out.is_cuda else contextlib.nullcontext():
+            group_norm_sums_kernel[(images * spans, blocks)](
+                sums, *source, pixels, spans, **sizes, STEPS=GROUP_NORM_STEPS, num_warps=4
+            )
+            group_norm_factors_kernel[(images * groups,)](
+                factors,
+                sums,
+                *source[:2],
+                weight,
+                bias,
+                *source[2:],
+                pixels,
+                spans,
+                groups,
+                eps,
+                SIZE=triton.next_power_of_2(channels // groups),
+                num_warps=1,
+            )
+            spans = triton.cdiv(pixels, sizes["PIXELS"])
+            group_norm_apply_kernel[(images * spans, blocks)](
+                out, factors, *source, pixels, spans, SILU=silu, **sizes, num_warps=4
+            )
 
 
 backend = TritonBackend()

@@ -14,9 +14,6 @@
 namespace berdiff {
 namespace {
 
-// Work below which a second thread costs more than it brings: about 60 microseconds' worth.
-constexpr std::int64_t pixels_per_thread = 65536;
-
 #if defined(BERDIFF_X86)
 // Not every compiler's __builtin_cpu_supports knows this one.
 bool has_f16c() {
@@ -74,7 +71,7 @@ const Kernels& kernels() {
 
 void for_each_tile(std::int64_t rows, std::int64_t pixels, int threads,
                    const std::function<void(std::int64_t, std::int64_t, std::int64_t)>& kernel,
-                   std::int64_t pixels_per_tile) {
+                   std::int64_t pixels_per_tile, std::int64_t pixels_per_thread) {
     if (rows == 0 || pixels == 0) return;
     const std::int64_t tiles_per_row = (pixels + pixels_per_tile - 1) / pixels_per_tile;
     const std::int64_t tiles = rows * tiles_per_row;

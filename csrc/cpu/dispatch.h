@@ -18,10 +18,11 @@ void set_isa(const std::string& name);
 const Kernels& kernels();
 
 // Calls kernel(row, begin, end) for every tile of every row, on at most `threads` threads, fewer when the work is
-// small. A thread is started per call: that costs some ten microseconds, and leaves no pool that would spin, fight
+// small: `pixels_per_thread` is about 60 microseconds' worth, below which another one costs more than it brings. A
+// thread is started per call: that costs some ten microseconds, and leaves no pool that would spin, fight
 // torch's own, or be missing in a forked process.
 void for_each_tile(std::int64_t rows, std::int64_t pixels, int threads,
                    const std::function<void(std::int64_t row, std::int64_t begin, std::int64_t end)>& kernel,
-                   std::int64_t pixels_per_tile = tile);
+                   std::int64_t pixels_per_tile = tile, std::int64_t pixels_per_thread = 65536);
 
 }  // namespace berdiff

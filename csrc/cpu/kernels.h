@@ -24,6 +24,13 @@ struct Kernels {
     void (*words)(const PhiloxRow&, std::uint32_t first_block, std::int64_t blocks, std::uint32_t* out);
     // Adds to what other calls found; any span of pixels whose beginning is a multiple of `tile`.
     void (*overlap)(const OverlapArguments&, std::int64_t image, std::int64_t begin, std::int64_t end);
+    // Both take any span of pixels. The first adds to `sums`, the second wants what `group_norm_factors` makes of them.
+    void (*group_norm_sums)(const GroupNormArguments&, std::int64_t image, std::int64_t begin, std::int64_t end,
+                            double* sums);
+    void (*group_norm_apply)(const GroupNormArguments&, std::int64_t image, std::int64_t begin, std::int64_t end,
+                             const float* scale, const float* shift);
+    // At most `winograd_block` tiles at a time.
+    void (*winograd_tiles)(const WinogradArguments&, std::int64_t begin, std::int64_t end, float* scratch);
 };
 
 // Null where the instruction set was not compiled.

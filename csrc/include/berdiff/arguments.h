@@ -115,6 +115,44 @@ struct LossArguments {
     }
 };
 
+// A tensor (images, pixels, channels).
+struct GroupNormSource {
+    const float* data;
+    std::int64_t channels;
+};
+
+// The channels of the first source and after them those of the second, which may have none; `out` has them all.
+struct GroupNormArguments {
+    std::int64_t images, pixels, groups;
+    GroupNormSource sources[2];
+    const float* weight;
+    const float* bias;
+    double eps;
+    bool silu;
+    float* out;
+
+    std::int64_t channels() const { return sources[0].channels + sources[1].channels; }
+};
+
+// Columns of a panel of transformed weights, and output tiles that go through the stages together.
+constexpr std::int64_t winograd_panel = 64, winograd_block = 24;
+
+// Channels last; channels and outputs are multiples of 16. Height and width are those of the output, whose source is
+// half as high and wide where it is to be repeated first.
+struct WinogradArguments {
+    std::int64_t images, height, width, channels, outputs;
+    const float* x;
+    const float* weight;  // (36, panels, channels, winograd_panel)
+    const float* bias;
+    const float* residual;  // added to the result; may be null, and may be `out`
+    float* out;
+    int upsample;  // 1 to repeat every pixel twice along both axes
+
+    std::int64_t panels() const { return (outputs + winograd_panel - 1) / winograd_panel; }
+    std::int64_t tiles() const { return images * ((height + 3) / 4) * ((width + 3) / 4); }
+    std::int64_t scratch() const { return 36 * winograd_block * (channels + panels() * winograd_panel); }
+};
+
 // The number 1 in a mask of each type.
 BERDIFF_FN std::uint32_t one_bits(Type type) {
     switch (type) {

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a run to one JSON, and from the JSON to tables and a picture."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from berdiff_fast import info
+from berdiff_fast.bench import ceilings
+from berdiff_fast.bench.runner import Case, Settings, run
+from berdiff_fast.files import write_text
+
+#: Tables go between these lines of a Markdown file.
+_MARKED = re.compile(r"(<!-- bench: (?P<groups>[\w ]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+
+def measure(cases: Sequence[Case], settings: Settings, output: Path, *, progress: bool = True) -> dict[str, Any]:
+    """Run cases and write the report after each, so that a run that is cut short keeps what it measured.
+
+    Returns:
+        The report: machine, versions, ceilings, settings and a result for each case.
+    """
+    report: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": info.collect(),
+        "settings": asdict(settings),
+        "ceilings": ceilings.measure(settings.device),
+        "cases": [],
+    }
+    for case in cases:
+        result = run(case, settings, progress)
+        report["cases"].append(asdict(result))
+        write_text(output, json.dumps(report, indent=1) + "\n")
+        if progress:
+            print(_table(report, report["cases"][-1]), flush=True)
+        torch.compiler.reset()  # compiled graphs keep their weights
+    return report
+
+
+def tables(report: dict[str, Any], groups: Sequence[str] = ()) -> str:
+    """Markdown: where it was measured, and a table for each case (of some groups)."""
+    machine = report["machine"]
+    where = machine["gpu"] if report["settings"]["device"] == "cuda" else machine["cpu"]
+    threads = "" if report["settings"]["device"] == "cuda" else f", {machine['threads']} threads"
+    ours = ", ".join(f"{k} {v}" for k, v in machine["packages"].items() if k in ("torch", "triton") and v)
+    found = [f"{where}{threads}, {ours}, {report['date']}."]
+    found += [_table(report, case) for case in report["cases"] if not groups or case["group"] in groups]
+    return "\n\n".join(found) + "\n"
+
+
+def _table(report: dict[str, Any], case: dict[str, Any]) -> str:
+    share = bool(case["flops"] or case["bytes"])
+    head = ["", "median", "spread", f"speed-up over {case['baseline']}", *(["of the ceiling"] if share else [])]
+    lines = [f"**{case['case']}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in case["contenders"]:
+        name = f"**{row['name']}**" if row.get("ours") else row["name"]
+        if "seconds" not in row:
+            lines.append(f"| {name} | {row['why_not']} |" + " |" * (len(head) - 2))
+            continue
+        cells = [name, _seconds(row["seconds"]), f"{row['spread']:.0%}", f"{row['speedup']:.2f}"]
+        if share:
+            cells.append(f"{_share(report, case, row):.0%}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _share(report: dict[str, Any], case: dict[str, Any], row: dict[str, Any]) -> float:
+    """Of the measured copy bandwidth, or of the best convolution or matrix rate in the contender's precision."""
+    measured = report["ceilings"]
+    if case["bytes"]:
+        return case["bytes"] / row["seconds"] / measured["copy_bytes_per_second"]
+    dtype = "bfloat16" if "bfloat16" in row["name"] else "float32"
+    best = max(v for k, v in measured.items() if k.startswith(dtype))
+    return case["flops"] / row["seconds"] / best
+
+
+def _seconds(value: float) -> str:
+    unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if value >= s), ("us", 1e-6))
+    return f"{value / scale:.3g} {unit}"
+
+
+def update(path: str | os.PathLike[str], report: dict[str, Any]) -> int:
+    """Put tables where a Markdown file asks for them: between ``<!-- bench: call kernel -->`` and ``<!-- /bench -->``.
+
+    Returns:
+        How many such places there are.
+    """
+    text, count = _MARKED.subn(
+        lambda m: m[1] + tables(report, m["groups"].split()) + m[3], Path(path).read_text(encoding="utf-8")
+    )
+    write_text(Path(path), text)
+    return count
+
+
+def plot(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """A PNG: for each case, how many times as fast as its baseline each contender is, on a logarithmic axis."""
+    from berdiff_fast.imaging import figures
+
+    figures.require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cases = [(c, [r for r in c["contenders"] if "speedup" in r]) for c in report["cases"]]
+    cases = [(c, rows) for c, rows in cases if rows]
+    heights = [len(rows) + 1.5 for _, rows in cases]
+    figure = Figure(figsize=(9, 0.28 * sum(heights) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(cases), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axis, (case, rows) in zip(axes, cases, strict=True):
+        speedups = [row["speedup"] for row in rows]
+        colours = ["tab:blue" if row.get("ours") else "0.65" for row in rows]
+        axis.barh(range(len(rows)), speedups, color=colours)
+        axis.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        low, high = min(speedups), max(speedups)
+        axis.set_xlim(min(1.0, low) / 1.3, max(high, 1.0) * 1.6)
+        axis.axvline(1.0, color="0.3", linewidth=0.8)
+        axis.set_title(case["case"], fontsize=9, loc="left")
+        for i, row in enumerate(rows):
+            label = f" {row['speedup']:.3g}x   {_seconds(row['seconds'])}"
+            axis.text(row["speedup"] * math.exp(0.02), i, label, va="center", fontsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(axis="x", labelsize=7)
+    axes[-1].set_xlabel("times as fast as the baseline (of the same turns)", fontsize=8)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases, contenders, gates, and times taken in turns."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+
+@dataclass
+class Contender:
+    """One way to do a case's work.
+
+    Attributes:
+        name: as tables show it.
+        run: does the work once.
+        gate: raises AssertionError if what this way computes is wrong; returns what there is to say of it, a dict for
+            the JSON. It may compute something smaller than ``run`` does, or with known random numbers.
+        ours: whether it is this package's.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    gate: Callable[[], dict[str, Any] | None]
+    ours: bool = False
+
+
+@dataclass
+class Case:
+    """A piece of work.
+
+    Attributes:
+        name, group: as tables show it: "kernel", "loss", "metrics", "call" or "training".
+        contenders: a function, so that nothing is built before its turn comes; yields contenders, or a pair of a name
+            and the reason why that one cannot run here.
+        baseline: the contender that the others are compared with.
+        unit, amount: what is done per run, for rates: ("masks", 16).
+        flops, bytes: floating-point operations and bytes moved per run, where they are the same for all; else 0.
+    """
+
+    name: str
+    group: str
+    contenders: Callable[[], Iterator[Contender | tuple[str, str]]]
+    baseline: str
+    unit: str = ""
+    amount: float = 0
+    flops: float = 0
+    bytes: float = 0
+
+
+@dataclass
+class Settings:
+    """How long to measure.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        rounds: turns at most.
+        seconds: a case stops taking turns when this much time has gone into it, after three.
+    """
+
+    device: str = "cpu"
+    rounds: int = 15
+    seconds: float = 20.0
+
+
+@dataclass
+class Result:
+    """What was measured of a case: JSON-able."""
+
+    case: str
+    group: str
+    unit: str
+    amount: float
+    flops: float
+    bytes: float
+    baseline: str
+    contenders: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run(case: Case, settings: Settings, progress: bool = True) -> Result:
+    """Gate all contenders of a case, then time those that passed, in turns."""
+    result = Result(case.name, case.group, case.unit, case.amount, case.flops, case.bytes, case.baseline)
+    ready: list[tuple[Contender, dict[str, Any]]] = []
+    with tqdm(desc=case.name, unit="turn", disable=not progress, leave=False) as bar:
+        for contender in case.contenders():
+            if isinstance(contender, tuple):
+                result.contenders.append({"name": contender[0], "why_not": contender[1]})
+                continue
+            bar.set_postfix_str(f"checking {contender.name}")
+            row: dict[str, Any] = {"name": contender.name, "ours": contender.ours}
+            result.contenders.append(row)
+            try:
+                row |= {"gate": contender.gate() or {}}
+                contender.run()  # warm: caches, compilers
+            except AssertionError as error:
+                row["why_not"] = f"wrong result, not timed: {error}"
+            except Exception as error:  # a baseline that cannot run here is told of, not fatal
+                row["why_not"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            else:
+                ready.append((contender, row))
+        times: dict[str, list[float]] = {contender.name: [] for contender, _ in ready}
+        start = time.perf_counter()
+        for turn in range(settings.rounds):
+            if turn >= 3 and time.perf_counter() - start > settings.seconds:
+                break
+            # Whoever comes after a slow one finds other caches: the order changes from turn to turn.
+            for i in range(len(ready)):
+                contender = ready[(i + turn) % len(ready)][0]
+                bar.set_postfix_str(contender.name)
+                times[contender.name].append(_time(contender.run, settings.device))
+            bar.update()
+    base = times.get(case.baseline)
+    for contender, row in ready:
+        taken = times[contender.name]
+        row |= {"seconds": statistics.median(taken), "turns": len(taken), "spread": _spread(taken)}
+        if base:
+            # Of each turn: both saw the same clock.
+            row["speedup"] = statistics.median(b / t for b, t in zip(base, taken, strict=True))
+        if settings.device == "cuda":
+            row |= _on_gpu(contender.run)
+    gc.collect()
+    return result
+
+
+def _time(function: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _spread(times: list[float]) -> float:
+    """Interquartile range over median."""
+    if len(times) < 4:
+        return (max(times) - min(times)) / statistics.median(times)
+    low, middle, high = statistics.quantiles(times, n=4)
+    return (high - low) / middle
+
+
+def _on_gpu(function: Callable[[], Any]) -> dict[str, Any]:
+    """Peak memory, and what the host did: launches, waits and allocations."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["num_device_alloc"]
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        function()
+    events = {e.key: e.count for e in profiler.key_averages()}
+    launches = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+    waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "launches": sum(events.get(key, 0) for key in launches),
+        "waits": max(0, sum(events.get(key, 0) for key in waits) - 1),  # the profiler's own
+        "allocations": torch.cuda.memory_stats()["num_device_alloc"] - before,
+    }

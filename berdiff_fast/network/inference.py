@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The U-Net prepared for sampling: the same function of the same weights, arranged for speed.
+
+=============================================================  ==================
+what is done once instead of at every step                     exactness
+=============================================================  ==================
+time embeddings and their projections, a row per timestep      rounding only
+added to a convolution's bias, or to GroupNorm's affine map    rounding only
+the image's half of the first convolution                      rounding only
+biases of the skip and the last convolution added up           rounding only
+-------------------------------------------------------------  ------------------
+what is done otherwise at every step
+-------------------------------------------------------------  ------------------
+channels last, so that convolutions reorder nothing            rounding only
+GroupNorm and SiLU in one kernel, which also concatenates      rounding only
+skip connections accumulate into the branch's result           rounding only
+repetition and 3 x 3 convolution as one transposed             rounding only
+convolution of 4 x 4, which multiplies 4 / 9 as much
+3 x 3 convolutions by Winograd's algorithm, if asked for       rounding, of a
+(float32 on the CPU)                                           digit more
+half precision, if asked for                                   changes the result
+=============================================================  ==================
+
+"Rounding only" means: equal in exact arithmetic. In float32 the logits are those of the plain network within 1e-5 of
+the largest one, and no further from float64's than they are (tests/test_inference.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from berdiff_fast import ops
+from berdiff_fast.backends import select
+from berdiff_fast.network.unet import (
+    AttentionBlock,
+    Downsample,
+    EmbeddingSequential,
+    Float32GroupNorm,
+    ResBlock,
+    UNet,
+    Upsample,
+    timestep_embedding,
+)
+
+_CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Callable[..., torch.Tensor]] = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+class PreparedUNet:
+    """A ``UNet`` at a fixed list of timesteps. It keeps copies: later changes of the network's weights do not show.
+
+    Args:
+        network: the trained network; dropout is left out.
+        timesteps: (S,) as the network is given them.
+        dtype: of activations and convolutions; the network's own by default. Norms compute in float32.
+        winograd: 3 x 3 convolutions by F(4 x 4, 3 x 3), in float32 on the CPU.
+        backend: of ``ops.group_norm_silu``.
+
+    Raises:
+        BackendUnavailableError: ``winograd`` without the compiled CPU module.
+        TypeError, ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        network: UNet,
+        timesteps: torch.Tensor | Sequence[float],
+        *,
+        dtype: torch.dtype | None = None,
+        winograd: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        if not isinstance(network, UNet):
+            raise TypeError(f"network must be a berdiff_fast.UNet, got {type(network).__name__}")
+        self.dtype = network.dtype if dtype is None else dtype
+        if self.dtype not in ops.LOGIT_DTYPES:
+            raise TypeError(f"dtype must be float32, float16 or bfloat16, got {self.dtype}")
+        self.mask_channels, self.img_channels = network.mask_channels, network.img_channels
+        self.spatial_dims, self.patch_size = network.spatial_dims, network.patch_size
+        #: CUDA graphs that the sampler captured of calls with these weights.
+        self.graphs: dict[Any, Any] = {}
+        device = next(network.parameters()).device
+        timesteps = torch.as_tensor(timesteps, device=device)
+        if timesteps.ndim != 1 or not len(timesteps):
+            raise ValueError(f"timesteps must be one or more numbers, got shape {tuple(timesteps.shape)}")
+        if winograd:
+            if (device.type, self.dtype, self.spatial_dims) != ("cpu", torch.float32, 2):
+                raise ValueError(
+                    f"winograd is for images, in float32 on the CPU; got {self.spatial_dims} dimensions, {self.dtype} "
+                    f"on {device.type!r}"
+                )
+            select.can_run("cpp", "cpu", raise_error=True)
+        make = _Maker(self.dtype, self.spatial_dims, backend, winograd)
+        with torch.no_grad():
+            # In float32 at least: a table costs nothing.
+            embed = timestep_embedding(timesteps, network.model_channels)
+            for layer in network.time_embed:
+                embed = make.linear(layer, embed) if isinstance(layer, nn.Linear) else F.silu(embed)
+            embed = F.silu(embed)
+
+            parts: Any = network  # torch types what is in a ModuleList as any Module
+            first = parts.input_blocks[0][0]
+            of_masks = self.mask_channels * self.patch_size**2
+            self._mask_weight = make.weight(first.weight[:, :of_masks])
+            self._img_weight = make.weight(first.weight[:, of_masks:])
+            self._img_bias = first.bias.to(self.dtype)
+            self._down = [make.block(block, embed) for block in parts.input_blocks[1:]]
+            self._middle = make.block(parts.middle_block, embed)
+            self._up = [make.block(block, embed) for block in parts.output_blocks]
+            self._norm = make.norm(parts.out[0])
+            self._last = make.convolution(parts.out[2])
+
+    def encode(self, img: torch.Tensor) -> torch.Tensor:
+        """What the first convolution makes of images (B, C, *spatial): its share of every mask's first activations."""
+        x = self._patches(img.to(self.dtype))
+        return _CONVOLUTIONS[self.spatial_dims](_channels_last(x), self._img_weight, self._img_bias, padding=1)
+
+    def __call__(self, y_t: torch.Tensor, step: int, features: torch.Tensor) -> torch.Tensor:
+        """Logits (N, K, *spatial) for noisy masks.
+
+        Args:
+            y_t: (N, K, *spatial) of 0 and 1 in ``dtype``.
+            step: index into ``timesteps``.
+            features: ``encode`` of each mask's image (N, ...), or of B images with N / B masks each, in turn.
+        """
+        h = _CONVOLUTIONS[self.spatial_dims](_channels_last(self._patches(y_t)), self._mask_weight, padding=1)
+        images = features.shape[0]
+        h.unflatten(0, (images, -1)).add_(features[:, None])
+        skips = [h]
+        for block in self._down:
+            h = block(h, None, step)
+            skips.append(h)
+        h = self._middle(h, None, step)
+        for block in self._up:
+            h = block(h, skips.pop(), step)
+        logits = self._last(self._norm(h, None))
+        return F.pixel_shuffle(logits, self.patch_size) if self.patch_size > 1 else logits
+
+    def _patches(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x
+
+
+# ---------------------------------------------------------------------- one for a network that may change
+
+_KNOWN = {UNet, ResBlock, AttentionBlock, EmbeddingSequential, Downsample, Upsample, Float32GroupNorm}
+_KNOWN |= {nn.Sequential, nn.ModuleList, nn.SiLU, nn.Dropout, nn.Identity, nn.Linear, nn.AvgPool2d, nn.AvgPool3d}
+_KNOWN |= {nn.Conv1d, nn.Conv2d, nn.Conv3d}
+
+#: The last prepared form of each network, with the timesteps and weights it was made of.
+_prepared: WeakKeyDictionary[UNet, tuple[Any, torch.Tensor, PreparedUNet]] = WeakKeyDictionary()
+
+
+def why_not(network: Any) -> str | None:
+    """Why a network has to be run as it is; None if its prepared form does the same."""
+    if type(network) is not UNet:
+        return f"it is a {type(network).__name__}, not a UNet"
+    if network.dtype not in ops.LOGIT_DTYPES:
+        return f"it computes in {network.dtype}"
+    if torch.is_autocast_enabled(next(network.parameters()).device.type):
+        return "autocast is on"
+    for name, module in network.named_modules():
+        if type(module) not in _KNOWN:
+            return f"its {name} is a {type(module).__name__}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"its {name or 'module'} has hooks"
+    return None
+
+
+def prepare(network: UNet, timesteps: Sequence[float], *, winograd: bool = False) -> PreparedUNet:
+    """The prepared form of a network as it is now: the former one, unless timesteps or weights have changed.
+
+    Weights are compared by their addresses and versions, and on the CPU also by their norms, since writes by way of
+    ``.data`` change no version.
+    """
+    parameters = list(network.parameters())
+    versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+    key = (tuple(timesteps), winograd, versions, parameters[0].dtype, parameters[0].device)
+    # On a GPU reading these would make the host wait.
+    on_cpu = [p.detach() for p in parameters if p.is_cpu]
+    norms = torch.stack(torch._foreach_norm(on_cpu)) if on_cpu else torch.zeros(())
+    found = _prepared.get(network)
+    if found is None or found[0] != key or not torch.equal(found[1], norms):
+        found = _prepared[network] = (key, norms, PreparedUNet(network, timesteps, winograd=winograd))
+    return found[2]
+
+
+# ---------------------------------------------------------------------- layers
+#
+# Each is called with the activations, those of the skip connection that are to be concatenated (or None), and the step.
+
+
+@dataclass
+class _Norm:
+    """GroupNorm and SiLU; where the timestep scales and shifts, weight and bias have a row per step."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    groups: int
+    eps: float
+    silu: bool
+    backend: str
+
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int = 0) -> torch.Tensor:
+        return ops.group_norm_silu(
+            x,
+            self.weight[step] if self.weight.ndim == 2 else self.weight,
+            self.bias[step] if self.bias.ndim == 2 else self.bias,
+            self.groups,
+            other=other,
+            eps=self.eps,
+            silu=self.silu,
+            backend=self.backend,
+        )
+
+
+@dataclass
+class _Convolution:
+    """A convolution; where it adds the timestep, its bias has a row per step."""
+
+    call: Callable[..., torch.Tensor]
+    weight: torch.Tensor
+    bias: torch.Tensor
+    options: dict[str, Any]
+
+    def __call__(self, x: torch.Tensor, step: int = 0) -> torch.Tensor:
+        bias = self.bias[step] if self.bias.ndim == 2 else self.bias
+        return self.call(x, self.weight, bias, **self.options)
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The convolution of x, and ``residual`` added."""
+        return self(x).add_(residual)
+
+
+@dataclass
+class _Winograd(_Convolution):
+    """A convolution by ``backends.cpp.winograd``."""
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.call(x, self.weight, self.bias, residual=residual, **self.options)
+
+
+@dataclass
+class _Residual:
+    """``ResBlock``: h = conv(norm(conv(norm(x)))), onto which the skip path is added in place."""
+
+    norm_1: _Norm
+    conv_1: _Convolution
+    norm_2: _Norm
+    conv_2: _Convolution
+    skip: torch.Tensor | None  # (inputs, outputs); its bias is in conv_2's
+
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int) -> torch.Tensor:
+        h = self.norm_2(self.conv_1(self.norm_1(x, other), step), None, step)
+        if self.skip is None:
+            both = x if other is None else _channels_last(torch.cat([x, other], dim=1))
+            return self.conv_2.plus(h, both)
+        h = self.conv_2(h)
+        # conv(cat(x, other)) = conv_x(x) + conv_other(other)
+        tokens = _tokens(h)
+        tokens.addmm_(_tokens(x), self.skip[: x.shape[1]])
+        if other is not None:
+            tokens.addmm_(_tokens(other), self.skip[x.shape[1] :])
+        return h
+
+
+@dataclass
+class _Attention:
+    """``AttentionBlock``, on (N, positions, channels)."""
+
+    norm: _Norm
+    qkv: tuple[torch.Tensor, torch.Tensor]
+    out: tuple[torch.Tensor, torch.Tensor]
+    heads: int
+
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int) -> torch.Tensor:
+        n, channels = x.shape[:2]
+        qkv = F.linear(_tokens(self.norm(x, None)).view(n, -1, channels), *self.qkv)
+        # Channels are ordered head first, then q, k, v.
+        q, k, v = qkv.unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind(0)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, -1, channels)
+        h = F.linear(h, *self.out).view(n, *x.shape[2:], channels).movedim(-1, 1)
+        return h.add_(x)
+
+
+@dataclass
+class _Resize:
+    """``Downsample`` or ``Upsample``."""
+
+    call: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int) -> torch.Tensor:
+        return self.call(x)
+
+
+@dataclass
+class _Sequence:
+    """Layers in a row; the first takes what is concatenated."""
+
+    layers: list[Any]
+
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int) -> torch.Tensor:
+        for layer in self.layers:
+            x, other = layer(x, other, step), None
+        return x
+
+
+class _Maker:
+    """Makes the layers above from those of ``unet.py``, which torch types too loosely to be of use here."""
+
+    def __init__(self, dtype: torch.dtype, dims: int, backend: str, winograd: bool) -> None:
+        self.dtype, self.dims, self.backend, self.winograd = dtype, dims, backend, winograd
+
+    def block(self, block: Any, embed: torch.Tensor) -> _Sequence:
+        return _Sequence([self.layer(layer, embed) for layer in block])
+
+    def layer(self, layer: Any, embed: torch.Tensor) -> Any:
+        if isinstance(layer, ResBlock):
+            return self.residual(layer, embed)
+        if isinstance(layer, AttentionBlock):
+            return _Attention(
+                self.norm(layer.norm, silu=False),
+                (self.matrix(layer.qkv), self.vector(layer.qkv.bias)),
+                (self.matrix(layer.proj_out), self.vector(layer.proj_out.bias)),
+                layer.heads,
+            )
+        if isinstance(layer, Downsample):
+            return _Resize(self.convolution(layer.op) if isinstance(layer.op, _Conv) else layer.op)
+        if isinstance(layer, Upsample):
+            return _Resize(self.upsample(layer))
+        raise TypeError(f"network has a layer of type {type(layer).__name__}, which is not prepared")
+
+    def residual(self, block: Any, embed: torch.Tensor) -> _Residual:
+        norm_1, _, conv_1 = block.in_layers
+        norm_2, _, _, conv_2 = block.out_layers
+        condition = self.linear(block.emb_layers[1], embed)  # (S, outputs), or (S, 2 outputs)
+        first, second = self.convolution(conv_1), self.norm(norm_2)
+        if block.scale_shift:
+            scale, shift = condition.chunk(2, dim=1)
+            second.weight = (second.weight * (1 + scale)).contiguous()
+            second.bias = (second.bias * (1 + scale) + shift).contiguous()
+        else:
+            first.bias = (conv_1.bias.float() + condition).to(self.dtype)
+        last, skip = self.convolution(conv_2), None
+        if not isinstance(block.skip_connection, nn.Identity):
+            skip = self.matrix(block.skip_connection).t().contiguous()
+            last.bias = (conv_2.bias.float() + block.skip_connection.bias.float()).to(self.dtype)
+        return _Residual(self.norm(norm_1), first, second, last, skip)
+
+    def upsample(self, layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        if not isinstance(layer.conv, _Conv):
+            return lambda x: F.interpolate(x, scale_factor=layer.scale, mode="nearest")
+        if self.can_winograd(layer.conv):
+            return self.by_winograd(layer.conv, upsample=True)
+        steps = [int(scale) for scale in layer.scale]
+        # Repetition is a transposed convolution with a kernel of ones; one after the other they are one, whose kernel
+        # is the convolution of both. An axis that is not doubled keeps its kernel of 3.
+        kernel = layer.conv.weight.float().flip(tuple(range(2, 2 + self.dims))).transpose(0, 1)
+        for axis, step in enumerate(steps, start=2):
+            if step == 2:
+                pad = [0, 0] * self.dims
+                pad[2 * (self.dims - 1 - (axis - 2))] = 1
+                before = F.pad(kernel, pad)
+                kernel = before + before.roll(-1, axis)
+        return _Convolution(
+            _TRANSPOSED[self.dims],
+            _channels_last(kernel.to(self.dtype)),
+            self.vector(layer.conv.bias),
+            {"stride": steps, "padding": 1},
+        )
+
+    def norm(self, norm: Any, silu: bool = True) -> _Norm:
+        weight, bias = norm.weight.detach().float().clone(), norm.bias.detach().float().clone()
+        return _Norm(weight, bias, norm.num_groups, norm.eps, silu, self.backend)
+
+    def convolution(self, conv: Any) -> _Convolution:
+        if self.can_winograd(conv):
+            return self.by_winograd(conv)
+        options = {"stride": conv.stride, "padding": conv.padding}
+        return _Convolution(_CONVOLUTIONS[self.dims], self.weight(conv.weight), self.vector(conv.bias), options)
+
+    def can_winograd(self, conv: Any) -> bool:
+        """Whether the algorithm is asked for and fits: its kernel takes channels by sixteens."""
+        outputs, channels, *size = conv.weight.shape
+        fits = size == [3, 3] and conv.stride == (1, 1) and outputs % 16 == 0 and channels % 16 == 0
+        return self.winograd and fits
+
+    def by_winograd(self, conv: Any, **options: Any) -> _Winograd:
+        from berdiff_fast.backends import cpp
+
+        return _Winograd(cpp.winograd, cpp.winograd_weight(conv.weight), self.vector(conv.bias), options)
+
+    def linear(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, layer.weight.float(), layer.bias.float())
+
+    def matrix(self, conv: Any) -> torch.Tensor:
+        """(outputs, inputs) of a convolution of size 1."""
+        return self.vector(conv.weight.flatten(1))
+
+    def vector(self, parameter: Any) -> torch.Tensor:
+        return parameter.detach().to(self.dtype, copy=True)
+
+    def weight(self, parameter: Any) -> torch.Tensor:
+        return _channels_last(self.vector(parameter))
+
+
+_Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    if x.shape[1] == 1:
+        # One channel lies in memory in both ways; these strides say which one is meant, for convolutions to follow.
+        x = x.contiguous()
+        return x.as_strided(x.shape, [x.stride(0), 1, *x.stride()[2:]])
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+
+
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, *spatial), channels last in memory, as a view (N * positions, C)."""
+    return x.movedim(1, -1).view(-1, x.shape[1])

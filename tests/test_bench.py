@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark suite: wrong results are not timed, turns are fair, tables come from the JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from support import Toy
+
+import berdiff_fast as bf
+from berdiff_fast import cli
+from berdiff_fast.bench import baselines, cases, report
+from berdiff_fast.bench.runner import Case, Contender, Settings, run
+
+
+def toy_case(*contenders: Contender | tuple[str, str]) -> Case:
+    return Case("toy", "kernel", lambda: iter(contenders), "slow", "things", 3, bytes=100)
+
+
+def passing(name: str, run=lambda: None, **options) -> Contender:
+    return Contender(name, run, lambda: None, **options)
+
+
+def failing(message: str):
+    def gate():
+        raise AssertionError(message)
+
+    return gate
+
+
+def test_what_is_wrong_is_not_timed():
+    ran = []
+    result = run(
+        toy_case(
+            passing("slow"),
+            Contender("wrong", lambda: ran.append("wrong"), failing("off by one")),
+            Contender("broken", lambda: 1 / 0, lambda: None),
+            ("absent", "it is not installed"),
+        ),
+        Settings(rounds=3),
+        progress=False,
+    )
+    rows = {row["name"]: row for row in result.contenders}
+    assert not ran and rows["wrong"]["why_not"] == "wrong result, not timed: off by one"
+    assert rows["broken"]["why_not"].startswith("ZeroDivisionError")
+    assert rows["absent"]["why_not"] == "it is not installed"
+    assert rows["slow"]["speedup"] == 1.0 and rows["slow"]["turns"] == 3
+
+
+def test_turns():
+    order: list[str] = []
+    run(
+        toy_case(*(passing(n, lambda n=n: order.append(n)) for n in ("slow", "b", "c"))),
+        Settings(rounds=4),
+        progress=False,
+    )
+    warm, turns = order[:3], [order[i : i + 3] for i in range(3, 15, 3)]
+    assert warm == ["slow", "b", "c"] and all(sorted(t) == ["b", "c", "slow"] for t in turns)
+    assert [t[0] for t in turns] == ["slow", "b", "c", "slow"], "each is first in turn"
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "y_0"])
+def test_baselines_draw_the_same_masks(prediction):
+    """Given the contract's random numbers, what plain PyTorch computes are our masks."""
+    model = bf.BerDiff(Toy(), prediction=prediction)
+    img = torch.randn(1, 1, 24, 20, generator=torch.Generator().manual_seed(0))
+    taus = model.schedule.subsequence(10)
+    expected = bf.sample(model, img, 5, taus, seed=3)[0]
+    for sampler in (baselines.one_after_another, baselines.batched):
+        masks = sampler(
+            model, img, 5, taus, model.schedule, predicts_y0=prediction == "y_0", draw=baselines.as_contracted(3)
+        )
+        assert (masks.bool() != expected).float().mean() < 1e-3
+        assert sampler(model, img, 5, taus, model.schedule).unique().tolist() == [0.0, 1.0]
+
+
+def test_the_command_and_its_tables(tmp_path, monkeypatch, capsys):
+    """The cheapest real case, from the command line to the table in a document."""
+    monkeypatch.setattr("berdiff_fast.bench.ceilings.measure", lambda device: {"copy_bytes_per_second": 1e10})
+    assert cli.main(["bench", "--quick", "--only", "metrics", "--output", str(tmp_path / "out")]) == 0
+    measured = json.loads((tmp_path / "out" / "bench.json").read_text())
+    (case,) = measured["cases"]
+    assert case["group"] == "metrics" and all(row["seconds"] > 0 for row in case["contenders"])
+    assert "GED and HM-IoU" in (tmp_path / "out" / "bench.md").read_text()
+    assert (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+    document = tmp_path / "d.md"
+    document.write_text("before\n<!-- bench: metrics -->\nold\n<!-- /bench -->\nafter\n")
+    source = ["--from", str(tmp_path / "out" / "bench.json"), "--update", str(document)]
+    assert cli.main(["bench", *source]) == 0
+    text = document.read_text()
+    assert text.startswith("before\n<!-- bench: metrics -->\n") and text.endswith("<!-- /bench -->\nafter\n")
+    assert "old" not in text and "| **ours** |" in text
+    document.write_text("nothing")
+    capsys.readouterr()
+    assert cli.main(["bench", *source]) == 1
+    assert "has no place for a table" in capsys.readouterr().err
+    assert cli.main(["bench", "--only", "nonsense"]) == 1
+    assert "no case has one of ['nonsense']" in capsys.readouterr().err
+
+
+def test_tables_tell_what_was_not_timed():
+    row = {"name": "x", "why_not": "no such thing"}
+    text = report._table({"ceilings": {}}, {"case": "c", "baseline": "b", "flops": 0, "bytes": 0, "contenders": [row]})
+    assert "| x | no such thing |" in text
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_registry(device):
+    """Cases are built without work, on a machine without the device too."""
+    quick, full = (cases.registry(device, quick=q) for q in (True, False))
+    assert {c.name for c in quick} <= {c.name for c in full}
+    assert {c.group for c in full} >= {"kernel", "loss", "metrics", "call"}
+    published = next(c for c in full if "published" in c.name)
+    assert published.flops / published.amount == pytest.approx(132e9 * (10 if device == "cuda" else 2), rel=0.02)
