@@ -7,7 +7,6 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,8 @@ class Result:
     Attributes:
         picture: the PNG.
         masks: (B, n, 1, H, W) bool.
-        seconds: of the whole call of ``sample``; of it, in the network, and in the step kernel (all steps).
+        seconds: of the whole call of ``sample``.
+        network_seconds, step_seconds: of it, in the step kernel (all steps; timed apart), and the rest: the network.
         backend: that drew the masks.
         ged, majority_ged: mean generalised energy distance to the raters, of the masks and of the raters' majority.
     """
@@ -45,25 +45,6 @@ class Result:
     backend: str
     ged: float
     majority_ged: float
-
-
-class _Timed(torch.nn.Module):
-    """A model that adds up the time spent in it."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.seconds = 0.0
-        for name in ("schedule", "prediction", "spacing", "mask_channels", "img_channels", "spatial_dims"):
-            setattr(self, name, getattr(model, name))
-
-    def forward(self, y_t: torch.Tensor, t: torch.Tensor, img: torch.Tensor) -> torch.Tensor:
-        start = time.perf_counter()
-        logits = self.model(y_t, t, img)
-        if logits.is_cuda:
-            torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - start
-        return logits
 
 
 def run(
@@ -98,16 +79,17 @@ def run(
         raise FileNotFoundError(f"output: there is no folder {Path(output).absolute().parent}")
     checks.integer("slices", slices, 1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    timed = _Timed(load(MODEL).to(device))
-    images, raters, labels = _phantoms(slices) if data is None else _from_file(data, slices, seed, timed.model)
-    img = timed.model.preprocess(images).to(device)
+    model = load(MODEL).to(device)
+    images, raters, labels = _phantoms(slices) if data is None else _from_file(data, slices, seed, model)
+    img = model.preprocess(images).to(device)
     start = time.perf_counter()
-    masks = sample(timed, img, n=n, steps=steps, seed=seed, backend=backend, progress=progress)
+    masks = sample(model, img, n=n, steps=steps, seed=seed, backend=backend, progress=progress)
     assert isinstance(masks, torch.Tensor)
     masks = masks.cpu()
     seconds = time.perf_counter() - start
 
     name = select.resolve(backend, device)
+    step_seconds = steps * _time_step(masks, device, name)
     majority = 2 * raters.sum(1, keepdim=True) >= raters.shape[1]
     figures.contact_sheet(
         output,
@@ -121,8 +103,8 @@ def run(
         picture=Path(output),
         masks=masks,
         seconds=seconds,
-        network_seconds=timed.seconds,
-        step_seconds=steps * _time_step(masks, device, name),
+        network_seconds=seconds - step_seconds,
+        step_seconds=step_seconds,
         backend=name,
         ged=float(metrics.generalized_energy_distance(raters, masks).mean()),
         majority_ged=float(metrics.generalized_energy_distance(raters, majority).mean()),
