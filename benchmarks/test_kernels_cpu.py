@@ -14,11 +14,11 @@ import time
 
 import pytest
 import torch
-from plain_loss import plain_loss
 from published_step import ddim_step
 
 from berdiff_fast import NoiseSchedule, image_seeds, ops
 from berdiff_fast.backends import cpp
+from berdiff_fast.bench.baselines import plain_loss
 
 SHAPE = (16, 1, 128, 128)
 SCHEDULE = NoiseSchedule("cosine2")
