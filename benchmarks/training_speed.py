@@ -25,15 +25,12 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import berdiff_fast as bf
+from berdiff_fast.bench.cases import PUBLISHED
 from berdiff_fast.data import phantom
 from berdiff_fast.files import write_text
 from berdiff_fast.training import loop
 from berdiff_fast.training.config import TrainConfig
 
-#: The published LIDC model, 85.6 M parameters.
-PUBLISHED = dict(
-    model_channels=128, channel_mult=[1, 1, 2, 3, 4], num_res_blocks=2, attention_resolutions=[16], num_heads=1
-)
 SMALL = dict(model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[], num_heads=1)
 
 #: Dense bf16 of one GPU, as its data sheet says.

@@ -74,7 +74,8 @@ def sample(
         return_probability: also return the probability P(y_0 = 1) of the last step.
         prepare: run a ``UNet`` in its prepared form (``network.inference``), which is faster and equal up to rounding.
             "winograd" has its 3 x 3 convolutions multiply a quarter as often, in float32 on a CPU, for a digit less;
-            False runs it as it is, as every other network is run.
+            False runs it as it is, as every other network is run. On a GPU, weights written by way of ``.data`` between
+            calls go unnoticed: write in place, or pass False.
         backend: of the draws: "auto", "reference", "cpp", "cuda" or "triton".
         progress: show a progress bar.
 

@@ -114,4 +114,7 @@ def test_registry(device):
     assert {c.name for c in quick} <= {c.name for c in full}
     assert {c.group for c in full} >= {"kernel", "loss", "metrics", "call"}
     published = next(c for c in full if "published" in c.name)
+    with torch.device("meta"):
+        network = bf.UNet(**cases.PUBLISHED)
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(85.6e6, rel=1e-3)
     assert published.flops / published.amount == pytest.approx(132e9 * (10 if device == "cuda" else 2), rel=0.02)

@@ -440,6 +440,16 @@ def test_a_checkpoint_of_another_run(data, tmp_path):
         )
 
 
+def test_what_of_a_run_may_change(data, tmp_path):
+    """Validations, and the end of cropping while it lies ahead."""
+    loop.train(config(data, tmp_path, steps=4, crop=16, crop_steps=8))
+    loop.train(config(data, tmp_path, steps=5, crop=16, crop_steps=6, validation_samples=3, spacing="uniform"))
+    assert bf.load(tmp_path / "model.safetensors").spacing == "uniform"
+    for crop_steps in (3, 0):
+        with pytest.raises(ValueError, match=f"crop_steps was 6 and is {crop_steps}"):
+            loop.train(config(data, tmp_path, steps=6, crop=16, crop_steps=crop_steps))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
     real = bf.ops.diffusion_loss
     monkeypatch.setattr(loop.ops, "diffusion_loss", lambda *a, **k: real(*a, **k) * float("nan"))

@@ -88,11 +88,11 @@ def winograd(
     relative to the largest one, where torch's are within 3e-6.
 
     Args:
-        x: (N, C, H, W) float32 on the CPU, channels last in memory; C a multiple of 16.
+        x: (N, C, H, W) float32 on the CPU; C a multiple of 16. Best channels last in memory: others are copied.
         weight: ``winograd_weight`` of (O, C, 3, 3), O a multiple of 16.
         bias: (O,) float32.
         upsample: repeat every pixel twice along both axes first.
-        residual: (N, O, H', W'), channels last, added to the result.
+        residual: (N, O, H', W'), added to the result; as x.
 
     Returns:
         (N, O, H', W'), channels last in memory; H' = H, or 2 H with ``upsample``.
@@ -100,6 +100,8 @@ def winograd(
     images, channels, height, width = x.shape
     if upsample:
         height, width = 2 * height, 2 * width
+    x = x.movedim(1, -1).contiguous()
+    residual = None if residual is None else residual.movedim(1, -1).contiguous()
     out = x.new_empty((images, height, width, len(bias)))
     _cpu.winograd(
         out.data_ptr(),

@@ -55,6 +55,16 @@ def _look_up(table: np.ndarray, t: torch.Tensor, like: torch.Tensor) -> torch.Te
     return values.reshape(-1, *[1] * (like.ndim - 1)).expand(like.shape)
 
 
+def published_mean(A: np.ndarray, y_t: torch.Tensor, predicted: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """P(y = 1) before index ``t`` of a sub-sequence with these A_t, its tables looked up as the published code does.
+
+    ``predicted`` is P(y_0 = 1). In float32 the published mean can exceed 1, which ``Binomial`` refuses.
+    """
+    before, now = _look_up(A, t - 1, y_t), _look_up(A, t, y_t)
+    sigma = (1 - before) / (1 - now)
+    return (sigma * y_t + (before - sigma * now) * predicted).clamp(0, 1)
+
+
 @torch.no_grad()
 def one_after_another(
     network: Network,
@@ -92,11 +102,7 @@ def one_after_another(
             if step == 1:
                 masks.append((predicted > 0.5).float())
                 break
-            before, now = _look_up(A, index - 1, y), _look_up(A, index, y)
-            sigma = (1 - before) / (1 - now)
-            # In float32 it can exceed 1, which Binomial refuses.
-            mean = (sigma * y + (before - sigma * now) * predicted).clamp(0, 1)
-            y = draw(mean, y, k, timesteps[step - 1])
+            y = draw(published_mean(A, y, predicted, index), y, k, timesteps[step - 1])
     return torch.cat(masks)
 
 

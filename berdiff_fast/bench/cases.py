@@ -20,7 +20,7 @@ from berdiff_fast.bench.runner import Case, Contender
 
 #: The published LIDC model: 85.6 M parameters, 132 GFLOP a mask of 128 x 128.
 PUBLISHED = dict(
-    model_channels=128, channel_mult=(1, 1, 2, 3, 4), num_res_blocks=2, attention_resolutions=(8, 16), num_heads=1
+    model_channels=128, channel_mult=[1, 1, 2, 3, 4], num_res_blocks=2, attention_resolutions=[8], num_heads=1
 )
 
 Made = Iterator[Contender | tuple[str, str]]
@@ -28,9 +28,9 @@ Made = Iterator[Contender | tuple[str, str]]
 
 def registry(device: str, *, quick: bool) -> list[Case]:
     """All cases for a device; ``quick`` leaves out what takes minutes on a laptop."""
-    cases = [_step(device), _group_norm(device), _loss(device), _metrics(device), _call(device, "bundled model", quick)]
+    cases = [_step(device), _group_norm(device), _loss(device), _metrics(device), _call(device, "bundled model")]
     if not quick:
-        cases.append(_call(device, "published U-Net", quick))
+        cases.append(_call(device, "published U-Net"))
     return cases
 
 
@@ -262,7 +262,7 @@ def _published_network() -> bf.BerDiff:
     return bf.BerDiff(network, prediction="epsilon").eval()
 
 
-def _call(device: str, which: str, quick: bool) -> Case:
+def _call(device: str, which: str) -> Case:
     bundled = which == "bundled model"
     gpu = device == "cuda"
     # A call of 16 masks in 10 steps of the published U-Net takes minutes on a CPU; 4 in 2 are the same work per mask.

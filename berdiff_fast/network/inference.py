@@ -110,7 +110,7 @@ class PreparedUNet:
             of_masks = self.mask_channels * self.patch_size**2
             self._mask_weight = make.weight(first.weight[:, :of_masks])
             self._img_weight = make.weight(first.weight[:, of_masks:])
-            self._img_bias = first.bias.to(self.dtype)
+            self._img_bias = make.vector(first.bias)
             self._down = [make.block(block, embed) for block in parts.input_blocks[1:]]
             self._middle = make.block(parts.middle_block, embed)
             self._up = [make.block(block, embed) for block in parts.output_blocks]
