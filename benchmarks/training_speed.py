@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import tempfile
 import time
@@ -21,56 +20,30 @@ from pathlib import Path
 
 import h5py
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import berdiff_fast as bf
-from berdiff_fast.bench.cases import PUBLISHED
+from berdiff_fast.bench.baselines import PUBLISHED, PublishedStep
+from berdiff_fast.bench.training import SMALL
 from berdiff_fast.data import phantom
 from berdiff_fast.files import write_text
 from berdiff_fast.training import loop
 from berdiff_fast.training.config import TrainConfig
 
-SMALL = dict(model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[], num_heads=1)
-
 #: Dense bf16 of one GPU, as its data sheet says.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-
-
-def published_step(model, optimizer, averages, img, y_0) -> None:
-    """One step of the published recipe."""
-    schedule = model.schedule
-    t = torch.randint(schedule.timesteps, (len(img),), device=img.device)
-    y_t = torch.bernoulli(schedule.q_mean(y_0, t).float())
-    true = schedule.q_posterior_mean(y_0, y_t, t).float()
-    first = torch.sigmoid(model(y_t, t, img))
-    predicted = (y_t - first).abs()
-    ours = torch.where(t.view(-1, 1, 1, 1) == 0, predicted, schedule.q_posterior_mean(predicted, y_t, t).float())
-    tiny = 1e-7
-    kl = true * ((true + tiny).log() - (ours + tiny).log())
-    kl = kl + (1 - true) * ((1 - true + tiny).log() - (1 - ours + tiny).log())
-    second = torch.sigmoid(model(y_t, t, img))
-    bce = F.binary_cross_entropy(second, (y_t - y_0).abs())
-    loss = (kl.mean() + bce) / math.log(2)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    for average, parameter in zip(averages, model.parameters(), strict=True):
-        average.mul_(0.9999).add_(parameter.detach(), alpha=1e-4)
 
 
 def published(batch: int, size: int, network: dict, steps: int, device: torch.device) -> dict:
     """Images per second of the published recipe, median over steps after three to warm up."""
     torch.manual_seed(0)
-    model = bf.BerDiff(bf.UNet(**network)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    averages = [p.detach().clone() for p in model.parameters()]
+    step = PublishedStep(bf.BerDiff(bf.UNet(**network)).to(device))
     img = torch.randn(batch, 1, size, size, device=device)
     y_0 = (torch.rand(batch, 1, size, size, device=device) < 0.1).float()
     times = []
     for _ in range(steps + 3):
         start = time.perf_counter()
-        published_step(model, optimizer, averages, img, y_0)
+        step(img, y_0)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)

@@ -13,7 +13,7 @@ from berdiff_fast.backends.select import BackendUnavailableError
 from berdiff_fast.model import BerDiff, Preprocessing, bundled_models, load, load_official
 from berdiff_fast.network.unet import UNet
 from berdiff_fast.rng import DRAW_CONTRACT, image_seeds
-from berdiff_fast.sampler import sample
+from berdiff_fast.sampler import Sampler, sample
 from berdiff_fast.schedule import NoiseSchedule
 
 try:
@@ -27,6 +27,7 @@ __all__ = [
     "BerDiff",
     "NoiseSchedule",
     "Preprocessing",
+    "Sampler",
     "UNet",
     "__version__",
     "bundled_models",

@@ -159,8 +159,12 @@ def _add_bench(commands: Any) -> None:
     )
     command.add_argument("--output", default="bench", help="folder for JSON, table and picture (default: %(default)s)")
     command.add_argument("--quick", action="store_true", help="leave out what takes minutes on a laptop")
+    command.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
     command.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases with one of these words")
     command.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(default: %(default)s)")
+    command.add_argument(
+        "--published", metavar="CHECKOUT", help="a checkout of the published code, which is run and timed too"
+    )
     command.add_argument("--from", dest="source", metavar="JSON", help="measure nothing, take what was measured before")
     command.add_argument(
         "--update", nargs="+", default=[], metavar="FILE", help="Markdown files with places for tables to fill"
@@ -182,7 +186,9 @@ def _bench(options: argparse.Namespace) -> int:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         chosen = [
             case
-            for case in cases.registry(device, quick=options.quick)
+            for case in cases.registry(
+                device, quick=options.quick, compile=options.compile and not options.quick, published=options.published
+            )
             if not options.only or any(w in f"{case.group} {case.name}" for w in options.only)
         ]
         if not chosen:

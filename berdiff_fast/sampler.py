@@ -16,7 +16,7 @@ from torch import nn
 from berdiff_fast import checks, ops, rng
 from berdiff_fast.backends import select
 from berdiff_fast.model import BerDiff
-from berdiff_fast.network import inference
+from berdiff_fast.network import graph, inference
 from berdiff_fast.schedule import NoiseSchedule
 
 logger = logging.getLogger("berdiff_fast")
@@ -43,6 +43,7 @@ def sample(
     prediction: str | None = None,
     return_probability: bool = False,
     prepare: bool | str = True,
+    dtype: torch.dtype | None = None,
     backend: str = "auto",
     progress: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -69,13 +70,15 @@ def sample(
         seed: an int, from which every image of the batch gets its own seed (``image_seeds``); or one int per image; or
             None for a fresh one from torch's default generator, so that ``torch.manual_seed`` governs.
         first_sample: index of the first mask: ``first_sample=16`` draws masks 16 to 16 + n - 1 of the same sequence.
-        max_batch: masks per call of the network, B x n by default. Where a GPU's memory does not suffice, it is halved.
+        max_batch: masks per call of the network; by default all B x n on a GPU, and on a CPU as many as 16 masks of
+            128 x 128 have pixels, more being no faster. Where memory does not suffice, it is halved.
         schedule, prediction: for a model that is not a ``BerDiff``, or to override its own.
         return_probability: also return the probability P(y_0 = 1) of the last step.
         prepare: run a ``UNet`` in its prepared form (``network.inference``), which is faster and equal up to rounding.
             "winograd" has its 3 x 3 convolutions multiply a quarter as often, in float32 on a CPU, for a digit less;
             False runs it as it is, as every other network is run. On a GPU, weights written by way of ``.data`` between
             calls go unnoticed: write in place, or pass False.
+        dtype: compute a prepared network in this dtype instead of its own: bfloat16 is fast on GPUs, and changes masks.
         backend: of the draws: "auto", "reference", "cpp", "cuda" or "triton".
         progress: show a progress bar.
 
@@ -87,112 +90,161 @@ def sample(
         FloatingPointError: the network returned NaN; the message says at which step.
         BackendUnavailableError: the backend asked for cannot run here.
     """
-    plan = _Plan.build(
+    sampler = Sampler(
         model,
-        img,
         n,
         steps,
-        method,
-        leave_one_out,
-        spacing,
-        final,
-        seed,
-        first_sample,
-        max_batch,
-        schedule,
-        prediction,
-        backend,
+        method=method,
+        leave_one_out=leave_one_out,
+        spacing=spacing,
+        final=final,
+        max_batch=max_batch,
+        schedule=schedule,
+        prediction=prediction,
+        prepare=prepare,
+        dtype=dtype,
+        backend=backend,
     )
-    with _evaluating(model), torch.no_grad(), _bar(plan, progress) as advance:
-        return plan.run(_network(model, plan, prepare), return_probability, advance)
+    return sampler(img, seed=seed, first_sample=first_sample, return_probability=return_probability, progress=progress)
 
 
-@dataclass
-class _Plan:
-    """One call of ``sample``, checked and laid out."""
+class Sampler:
+    """``sample`` with everything settled but images and seeds, for those who call it again and again.
 
-    img: torch.Tensor  # (B, C, *spatial) in the network's dtype, on its device
-    mask_shape: tuple[int, ...]  # (K, *spatial)
-    n: int
-    timesteps: list[int]  # in the order they are visited
-    coefficients: torch.Tensor  # (S, 4) float32 on the device, same order
-    table: tuple[float, ...]  # the same as numbers, to tell plans apart
-    seeds: torch.Tensor  # (B,) int64 on the device
-    first_sample: int
-    prediction: str
-    final: str
-    max_batch: int
-    backend: str
+    Arguments are those of ``sample`` and checked here, once. Weights may change between calls.
 
-    @classmethod
-    def build(
-        cls,
-        model: Any,
-        img: Any,
-        n: int,
-        steps: int | Sequence[int],
-        method: str,
-        leave_one_out: bool,
-        spacing: str | None,
-        final: str,
-        seed: int | Sequence[int] | torch.Tensor | None,
-        first_sample: int,
-        max_batch: int | None,
-        schedule: NoiseSchedule | str | None,
-        prediction: str | None,
-        backend: str,
-    ) -> _Plan:
+    On a GPU all steps of a prepared network are one CUDA graph, here and in ``sample``. A ``Sampler`` captures other
+    modules too, at the second call with images of a shape, if they make the host wait for nothing and the graph draws
+    the same masks; else the log says why not. A graph repeats what a module did when it was captured: make a new
+    ``Sampler`` after changing anything but its weights, or pass ``prepare=False``, which captures nothing.
+
+    >>> sampler = bf.Sampler(model, n=16, steps=10)
+    >>> masks = sampler(img, seed=7)   # as sample(model, img, n=16, steps=10, seed=7)
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        n: int = 16,
+        steps: int | Sequence[int] = 10,
+        *,
+        method: str = "ddim",
+        leave_one_out: bool = False,
+        spacing: str | None = None,
+        final: str = "threshold",
+        max_batch: int | None = None,
+        schedule: NoiseSchedule | str | None = None,
+        prediction: str | None = None,
+        prepare: bool | str = True,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> None:
         if not callable(model):
             raise TypeError(f"model must be a BerDiff or callable as model(y_t, t, img), got {type(model).__name__}")
-        n = checks.integer("n", n, 1)
-        first_sample = checks.integer("first_sample", first_sample, 0)
-        if first_sample + n > 2**32:
-            raise ValueError(f"first_sample + n must be at most 2^32, got {first_sample} + {n}")
-        schedule = _schedule(model, schedule)
+        self.model = model
+        self.n = checks.integer("n", n, 1)
+        self.schedule = _schedule(model, schedule)
         prediction = getattr(model, "prediction", None) if prediction is None else prediction
         if prediction is None:
             raise ValueError("prediction must be given ('epsilon' or 'y_0') for a model that does not carry it")
         if prediction not in ops.PREDICTIONS:
             raise ValueError(f"prediction must be 'epsilon' or 'y_0', got {prediction!r}")
+        self.prediction: str = prediction
         if final not in FINALS:
             raise ValueError(f"final must be one of {list(FINALS)}, got {final!r}")
-        taus = schedule.subsequence(steps, getattr(model, "spacing", "uniform") if spacing is None else spacing)
         if not isinstance(leave_one_out, bool):
             raise TypeError(f"leave_one_out must be True or False, got {leave_one_out!r}")
-        table = schedule.step_table(taus, method, leave_one_out=leave_one_out)
-        device, dtype = _device_and_dtype(model)
-        img = _image(img, model, device, dtype)
-        rows = img.shape[0] * n
-        max_batch = rows if max_batch is None else checks.integer("max_batch", max_batch, 1)
-        select.get(backend, img.device.type)  # raises here, before any work, if it cannot run
-        return cls(
-            img=img,
-            mask_shape=(getattr(model, "mask_channels", 1), *img.shape[2:]),
-            n=n,
-            timesteps=taus[::-1],
-            coefficients=table.flip(0).float().to(img.device, non_blocking=True),
-            table=(*map(float, taus), *table.flatten().tolist()),
-            seeds=_seeds(seed, img.shape[0]).to(img.device),
-            first_sample=first_sample,
-            prediction=prediction,
-            final=final,
-            max_batch=min(max_batch, rows),
-            backend=backend,
-        )
+        if prepare not in (True, False, "winograd"):
+            raise ValueError(f"prepare must be True, False or 'winograd', got {prepare!r}")
+        if dtype is not None and dtype not in ops.LOGIT_DTYPES:
+            raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
+        spacing = getattr(model, "spacing", "uniform") if spacing is None else spacing
+        taus = self.schedule.subsequence(steps, spacing)
+        #: In the order they are visited.
+        self.timesteps = taus[::-1]
+        # (S, 4) in that order.
+        self._table = self.schedule.step_table(taus, method, leave_one_out=leave_one_out).flip(0)
+        self.final = final
+        self.max_batch = None if max_batch is None else checks.integer("max_batch", max_batch, 1)
+        self.prepare, self.dtype, self.backend = prepare, dtype, backend
+        self._on_device: dict[torch.device, torch.Tensor] = {}
+        #: Graphs of a network that is run as it is, and what was asked for once.
+        self.graphs: dict[Any, graph.Graph | None] = {}
+        self.seen: set[Any] = set()
+        #: What masks depend on beside images, seeds and weights.
+        self.key = (*self.timesteps, *self._table.flatten().tolist(), prediction, final, backend)
+
+    def __call__(
+        self,
+        img: torch.Tensor | np.ndarray,
+        *,
+        seed: int | Sequence[int] | torch.Tensor | None = None,
+        first_sample: int = 0,
+        return_probability: bool = False,
+        progress: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Masks of these images: see ``sample``."""
+        first_sample = checks.integer("first_sample", first_sample, 0)
+        if first_sample + self.n > 2**32:
+            raise ValueError(f"first_sample + n must be at most 2^32, got {first_sample} + {self.n}")
+        device, own = _device_and_dtype(self.model)
+        dtype = own if self.dtype is None else self.dtype
+        img = _image(img, self.model, device, dtype)
+        select.get(self.backend, img.device.type)  # raises here, before any work, if it cannot run
+        seeds = _seeds(seed, img.shape[0]).to(img.device, non_blocking=True)
+        if img.device not in self._on_device:
+            self._on_device[img.device] = self._table.float().to(img.device)
+        call = _Call(self, img, seeds, first_sample, self._on_device[img.device])
+        with _evaluating(self.model), torch.no_grad(), _bar(call, progress) as advance:
+            return call.run(self._network(dtype, dtype != own, img.device), return_probability, advance)
+
+    def _network(self, dtype: torch.dtype, converted: bool, device: torch.device) -> _Network:
+        model: Any = self.model
+        reason: str | None = "prepare is False"
+        if self.prepare:
+            if type(model) is not BerDiff:
+                reason = f"it is a {type(model).__name__}, not a BerDiff"
+            elif model._forward_hooks or model._forward_pre_hooks:
+                reason = "it has hooks"
+            else:
+                reason = inference.why_not(model.network)
+        if reason is None:
+            scale = 1000.0 / model.schedule.timesteps if model.rescale_timesteps else 1
+            timesteps = [t * scale for t in self.timesteps]
+            winograd = self.prepare == "winograd"
+            return _Prepared(inference.prepare(model.network, timesteps, dtype=dtype, winograd=winograd))
+        if converted:
+            raise ValueError(f"dtype must be the model's own for a network that is run as it is, got {dtype}: {reason}")
+        logger.debug("the network is run as it is: %s", reason)
+        return _Network(model, self.timesteps, device, capture=bool(self.prepare))
+
+
+@dataclass
+class _Call:
+    """One call of a sampler, its images checked."""
+
+    sampler: Sampler
+    img: torch.Tensor  # (B, C, *spatial) in the dtype computed in, on the device
+    seeds: torch.Tensor  # (B,) int64 on the device
+    first_sample: int
+    coefficients: torch.Tensor  # (S, 4) float32 on the device, in the order visited
 
     @property
     def rows(self) -> int:
-        return self.img.shape[0] * self.n
+        return self.img.shape[0] * self.sampler.n
+
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        return (getattr(self.sampler.model, "mask_channels", 1), *self.img.shape[2:])
 
     def run(
         self, network: _Network, return_probability: bool, advance: Callable[[int], None]
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        device = self.img.device
-        masks = torch.empty((self.rows, *self.mask_shape), dtype=torch.bool, device=device)
-        probability = torch.empty(masks.shape, dtype=torch.float32, device=device) if return_probability else None
-        # One flag per step. The kernels raise it, and it is read once, when all work is queued.
-        nan_flags = torch.zeros(len(self.timesteps), dtype=torch.int32, device=device)
-        first, size = 0, self.max_batch
+        device, timesteps = self.img.device, self.sampler.timesteps
+        # One flag per step, and one for the images. They are raised on the device and read once, when all is queued.
+        flags = torch.zeros(len(timesteps) + 1, dtype=torch.int32, device=device)
+        parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        first, size = 0, min(self.sampler.max_batch or _max_batch(self.img), self.rows)
         while first < self.rows:
             last = min(first + size, self.rows)
             done = 0
@@ -203,9 +255,9 @@ class _Plan:
                 advance(rows)
 
             try:
-                self._run_chunk(network, first, last, nan_flags, masks, probability, count)
+                parts.append(self._run_chunk(network, self._chunk(first, last), flags, return_probability, count))
             except RuntimeError as error:  # torch.OutOfMemoryError is one, and so are the libraries' own
-                if last - first == 1 or not _is_out_of_memory(error):
+                if last - first == 1 or not graph.is_out_of_memory(error):
                     raise
                 size = (last - first + 1) // 2
             else:
@@ -217,39 +269,49 @@ class _Plan:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
-        for step in nan_flags.nonzero().flatten().tolist()[:1]:
-            raise FloatingPointError(
-                f"the network returned NaN at step {step + 1} of {len(self.timesteps)} (t = {self.timesteps[step]})"
+        *of_steps, of_images = flags.tolist()
+        if of_images:
+            raise ValueError(
+                f"img must be finite in {self.img.dtype}, got NaN, infinite values or values beyond its range"
             )
-        shape = (self.img.shape[0], self.n, *self.mask_shape)
-        if probability is None:
-            return masks.view(shape)
-        return masks.view(shape), probability.view(shape)
+        for step, raised in enumerate(of_steps):
+            if raised:
+                raise FloatingPointError(
+                    f"the network returned NaN at step {step + 1} of {len(timesteps)} (t = {timesteps[step]})"
+                )
+        shape = (self.img.shape[0], self.sampler.n, *self.mask_shape)
+        masks = torch.cat([part for part, _ in parts]).view(shape)
+        if not return_probability:
+            return masks
+        return masks, torch.cat([part for _, part in parts if part is not None]).view(shape)
 
     def _run_chunk(
         self,
         network: _Network,
-        first: int,
-        last: int,
-        nan_flags: torch.Tensor,
-        masks: torch.Tensor,
-        probability: torch.Tensor | None,
+        chunk: _Chunk,
+        flags: torch.Tensor,
+        return_probability: bool,
         advance: Callable[[int], None],
-    ) -> None:
-        """All steps of masks [first, last) of the batch of B x n."""
-        chunk = self._chunk(first, last)
-        graph = network.graph(self, chunk) if probability is None else None
-        if graph is not None:
-            drawn, flags = graph.replay(chunk)
-            nan_flags.logical_or_(flags)
-            masks[first:last] = drawn
-            advance((last - first) * len(self.timesteps))
-            return
-        of_chunk = None if probability is None else probability[first:last]
-        masks[first:last] = self.draw(network, chunk, nan_flags, of_chunk, advance)
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All steps of a chunk: masks (rows, K, *spatial) and, where asked for, their probability."""
+
+        def draw(img: torch.Tensor, seeds: torch.Tensor, raised: torch.Tensor) -> torch.Tensor:
+            return self.draw(network, replace(chunk, img=img, seeds=seeds), raised)[0]
+
+        captured = None
+        if chunk.img.is_cuda and chunk.of_row is None and not return_probability:
+            captured = network.graph(draw, chunk, self)
+        if captured is None:
+            return self.draw(network, chunk, flags, return_probability, advance)
+        masks, raised = captured.replay(chunk.img, chunk.seeds)
+        flags.logical_or_(raised)
+        advance(chunk.rows * len(self.sampler.timesteps))
+        return masks.clone(), None
 
     def _chunk(self, first: int, last: int) -> _Chunk:
-        n, low, high = self.n, first // self.n, (last - 1) // self.n + 1
+        """Masks [first, last) of the B x n."""
+        n = self.sampler.n
+        low, high = first // n, (last - 1) // n + 1
         img = self.img[low:high]
         if high - low == 1:  # told as a batch of its own, as are whole images: equal work has equal names
             return _Chunk(img, self.seeds[low:high], last - first, last - first, self.first_sample + first % n)
@@ -262,28 +324,31 @@ class _Plan:
         self,
         network: _Network,
         chunk: _Chunk,
-        nan_flags: torch.Tensor,
-        probability: torch.Tensor | None = None,
+        flags: torch.Tensor,
+        return_probability: bool = False,
         advance: Callable[[int], None] = lambda rows: None,
-    ) -> torch.Tensor:
-        """All steps of a chunk: bool (rows, K, *spatial)."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As ``_run_chunk``, call by call."""
+        sampler, probability = self.sampler, None
+        if chunk.img.is_cuda:  # on a CPU it is known before
+            flags[-1:].logical_or_(torch.isfinite(chunk.img).all().logical_not_())
         images = network.images(chunk.img)
         images = network.repeat(images, chunk.n) if chunk.of_row is None else images[chunk.of_row]
         where: dict[str, Any] = dict(
             samples_per_image=chunk.n,
             first_row=chunk.first_row,
             first_sample=chunk.first_sample,
-            backend=self.backend,
+            backend=sampler.backend,
         )
         y = ops.initial_noise(chunk.seeds, self.mask_shape, rows=chunk.rows, dtype=self.img.dtype, **where)
-        for step, timestep in enumerate(self.timesteps):
+        for step, timestep in enumerate(sampler.timesteps):
             logits = network(y, step, images)
             if step == 0:
                 _check_logits(logits, y)
-            is_last = step == len(self.timesteps) - 1
-            if is_last and probability is not None:
-                probability.copy_(
-                    ops.posterior(y, logits, self.coefficients[step], prediction=self.prediction, backend=self.backend)
+            is_last = step == len(sampler.timesteps) - 1
+            if is_last and return_probability:
+                probability = ops.posterior(
+                    y, logits, self.coefficients[step], prediction=sampler.prediction, backend=sampler.backend
                 )
             y = ops.sample_step(
                 y,
@@ -291,14 +356,14 @@ class _Plan:
                 chunk.seeds,
                 self.coefficients[step],
                 timestep,
-                prediction=self.prediction,
-                threshold=is_last and self.final == "threshold",
+                prediction=sampler.prediction,
+                threshold=is_last and sampler.final == "threshold",
                 dtype=torch.bool if is_last else y.dtype,
-                nan_flag=nan_flags[step : step + 1],
+                nan_flag=flags[step : step + 1],
                 **where,
             )
             advance(chunk.rows)
-        return y
+        return y, probability
 
 
 @dataclass
@@ -313,16 +378,22 @@ class _Chunk:
     first_row: int = 0  # the first one's number among those of these images
     of_row: torch.Tensor | None = None  # (rows,) which image; None: n of each in turn
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Chunks of images of one shape with the same key are the same work."""
+        return self.rows, self.n, self.first_sample
+
 
 # ---------------------------------------------------------------------- the network
 
 
 class _Network:
-    """A model as it is, called at the plan's timesteps."""
+    """A model as it is, called at a sampler's timesteps."""
 
-    def __init__(self, model: Model, plan: _Plan) -> None:
+    def __init__(self, model: Model, timesteps: list[int], device: torch.device, capture: bool) -> None:
         self.model = model
-        self.t = torch.tensor(plan.timesteps, device=plan.img.device)
+        self.t = torch.tensor(timesteps).to(device, non_blocking=True)
+        self.capture = capture and isinstance(model, nn.Module)
 
     def images(self, img: torch.Tensor) -> torch.Tensor:
         """What ``__call__`` wants of images (B, C, *spatial)."""
@@ -335,9 +406,19 @@ class _Network:
     def __call__(self, y: torch.Tensor, step: int, images: torch.Tensor) -> torch.Tensor:
         return self.model(y, self.t[step].expand(len(y)), images)
 
-    def graph(self, plan: _Plan, chunk: _Chunk) -> _Graph | None:
-        """The captured form of a chunk's work; None where it is run call by call."""
-        return None
+    def graph(self, draw: graph.Draw, chunk: _Chunk, call: _Call) -> graph.Graph | None:
+        """The captured form of ``draw``; None where it is run call by call."""
+        model: Any = self.model
+        if not self.capture:
+            return None
+        # A graph reads weights where they lay when it was captured.
+        places = tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
+        key, sampler = (*chunk.key, places), call.sampler
+        if key not in sampler.seen:  # not worth it for a single call, as those of ``sample`` are
+            sampler.seen.add(key)
+            return None
+        keep = (self, call.coefficients)
+        return graph.captured(sampler.graphs, key, draw, chunk.img, chunk.seeds, len(self.t) + 1, keep, check=True)
 
 
 class _Prepared(_Network):
@@ -346,30 +427,11 @@ class _Prepared(_Network):
     def __init__(self, prepared: inference.PreparedUNet) -> None:
         self.prepared = prepared
 
-    def graph(self, plan: _Plan, chunk: _Chunk) -> _Graph | None:
-        if not plan.img.is_cuda or chunk.of_row is not None:
-            return None
-        graphs = self.prepared.graphs
-        key = (
-            tuple(chunk.img.shape),
-            chunk.n,
-            chunk.first_sample,
-            plan.table,
-            plan.prediction,
-            plan.final,
-            plan.backend,
-        )
-        if key not in graphs:
-            while len(graphs) >= _GRAPHS:
-                graphs.pop(next(iter(graphs)))
-            try:
-                graphs[key] = _Graph(plan, self, chunk)
-            except RuntimeError as error:
-                if _is_out_of_memory(error):
-                    raise
-                logger.warning("no CUDA graph, so every kernel is launched by itself: %s", error)
-                graphs[key] = None
-        return graphs[key]
+    def graph(self, draw: graph.Draw, chunk: _Chunk, call: _Call) -> graph.Graph | None:
+        # Kept with the prepared weights, so that calls of ``sample`` share them and new weights have none.
+        prepared, key = self.prepared, (*chunk.key, call.sampler.key)
+        keep = call.coefficients
+        return graph.captured(prepared.graphs, key, draw, chunk.img, chunk.seeds, prepared.steps + 1, keep, check=False)
 
     def images(self, img: torch.Tensor) -> torch.Tensor:
         return self.prepared.encode(img)
@@ -379,52 +441,6 @@ class _Prepared(_Network):
 
     def __call__(self, y: torch.Tensor, step: int, images: torch.Tensor) -> torch.Tensor:
         return self.prepared(y, step, images)
-
-
-#: Captured graphs that a prepared network keeps, each with the memory of its activations.
-_GRAPHS = 4
-
-
-class _Graph:
-    """All steps of a chunk as one CUDA graph, whose inputs are images and seeds: the host launches once."""
-
-    def __init__(self, plan: _Plan, network: _Network, chunk: _Chunk) -> None:
-        self.chunk = replace(chunk, img=chunk.img.clone(), seeds=chunk.seeds.clone())
-        self.flags = torch.zeros(len(plan.timesteps), dtype=torch.int32, device=chunk.img.device)
-        aside = torch.cuda.Stream(chunk.img.device)
-        aside.wait_stream(torch.cuda.current_stream(chunk.img.device))
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # libraries choose their algorithms and Triton compiles before anything is recorded
-                plan.draw(network, self.chunk, self.flags)
-        torch.cuda.current_stream(chunk.img.device).wait_stream(aside)
-        # A plan is one call's; the graph keeps what of it the kernels read.
-        self.kept = (plan.coefficients, network)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.flags.zero_()
-            self.masks = plan.draw(network, self.chunk, self.flags)
-
-    def replay(self, chunk: _Chunk) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks and NaN flags, which the next replay overwrites."""
-        self.chunk.img.copy_(chunk.img)
-        self.chunk.seeds.copy_(chunk.seeds)
-        self.graph.replay()
-        return self.masks, self.flags
-
-
-def _network(model: Model, plan: _Plan, prepare: bool | str) -> _Network:
-    if prepare not in (True, False, "winograd"):
-        raise ValueError(f"prepare must be True, False or 'winograd', got {prepare!r}")
-    if not prepare or type(model) is not BerDiff or model._forward_hooks or model._forward_pre_hooks:
-        return _Network(model, plan)
-    network: Any = model.network
-    reason = inference.why_not(network)
-    if reason is not None:
-        logger.debug("the network is run as it is: %s", reason)
-        return _Network(model, plan)
-    scale = 1000.0 / model.schedule.timesteps if model.rescale_timesteps else 1
-    timesteps = [t * scale for t in plan.timesteps]
-    return _Prepared(inference.prepare(network, timesteps, winograd=prepare == "winograd"))
 
 
 # ---------------------------------------------------------------------- arguments
@@ -479,12 +495,23 @@ def _image(img: Any, model: Any, device: torch.device | None, dtype: torch.dtype
         raise ValueError(f"img must have {channels} channels for this model, got shape {tuple(img.shape)}")
     if device is not None and img.device != device:
         raise ValueError(f"img must be on the model's device {device}, got {img.device}")
+    img = img.detach()
+    # On a GPU it is found out on the way and said at the end: the host does not wait for it.
+    if not img.is_cuda:
+        _check_finite(img, dtype)
+    return img.to(dtype)
+
+
+def _check_finite(img: torch.Tensor, dtype: torch.dtype) -> None:
     if not bool(torch.isfinite(img).all()):
         raise ValueError("img must be finite, got NaN or infinite values")
-    img = img.detach().to(dtype)
-    if not bool(torch.isfinite(img).all()):
+    if not bool(torch.isfinite(img.to(dtype)).all()):
         raise ValueError(f"img must be finite in the model's dtype {dtype} too, got values beyond its range")
-    return img
+
+
+def _max_batch(img: torch.Tensor) -> int:
+    """Masks per call of the network: on a CPU 2^18 pixels; see docs/performance.md."""
+    return 2**62 if img.is_cuda else max(1, 2**18 // img[0, 0].numel())
 
 
 def _seeds(seed: int | Sequence[int] | torch.Tensor | None, images: int) -> torch.Tensor:
@@ -515,15 +542,6 @@ def _check_logits(logits: Any, y: torch.Tensor) -> None:
 # ---------------------------------------------------------------------- surroundings
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    words = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "CUDNN_STATUS_ALLOC_FAILED" in words
-        or "CUBLAS_STATUS_ALLOC_FAILED" in words
-    )
-
-
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """Eval mode, and every submodule back in the mode it had."""
@@ -538,11 +556,11 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(plan: _Plan, show: bool) -> Iterator[Callable[[int], None]]:
+def _bar(call: _Call, show: bool) -> Iterator[Callable[[int], None]]:
     if not show:
         yield lambda rows: None
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=plan.rows * len(plan.timesteps), desc="sampling", unit="mask-step") as bar:
+    with tqdm(total=call.rows * len(call.sampler.timesteps), desc="sampling", unit="mask-step") as bar:
         yield lambda rows: bar.update(rows) and None

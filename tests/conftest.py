@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+pytest_plugins = ["pytester"]
+
 HAS_GPU = torch.cuda.is_available()
 
 if not HAS_GPU:

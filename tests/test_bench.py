@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,9 +113,57 @@ def test_registry(device):
     """Cases are built without work, on a machine without the device too."""
     quick, full = (cases.registry(device, quick=q) for q in (True, False))
     assert {c.name for c in quick} <= {c.name for c in full}
-    assert {c.group for c in full} >= {"kernel", "loss", "metrics", "call"}
-    published = next(c for c in full if "published" in c.name)
+    assert {c.group for c in full} >= {"kernel", "loss", "metrics", "training", "call"}
+    published = next(c for c in full if c.group == "call" and "published" in c.name)
     with torch.device("meta"):
-        network = bf.UNet(**cases.PUBLISHED)
+        network = bf.UNet(**baselines.PUBLISHED)
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(85.6e6, rel=1e-3)
     assert published.flops / published.amount == pytest.approx(132e9 * (10 if device == "cuda" else 2), rel=0.02)
+
+
+def test_peak_memory_is_that_of_a_run():
+    """64 MiB that a run allocates and frees are seen; 64 that were there before are not."""
+    there = torch.ones(2**24)
+    result = run(
+        toy_case(passing("slow"), passing("hungry", lambda: torch.ones(2**24) * there.sum())),
+        Settings(rounds=1),
+        progress=False,
+    )
+    slow, hungry = (row["peak_bytes"] for row in result.contenders)
+    if slow is None:
+        pytest.skip("this system does not tell the peak of a process's memory")
+    assert slow < 2**24 and 2**26 <= hungry < 2**26 + 2**24 + 2**26
+
+
+def test_training_steps_agree():
+    """The published recipe and ours have the same gradients; so the gate passes, and fails for another loss."""
+    contenders = {c.name: c for c in cases.training.case("cpu").contenders()}
+    assert set(contenders) == {"plain PyTorch, two forwards (published)", "ours", "ours, channels last"}
+    for contender in contenders.values():
+        contender.gate()
+    step = contenders["ours"].run.func
+    step.model.schedule = bf.NoiseSchedule("linear")
+    with pytest.raises(AssertionError, match="off by"):
+        contenders["ours"].gate()
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.4, 1.6])
+def test_regressions_are_ratios(pytester, ratio):
+    """A machine that is twice as fast changes nothing; a case that became slower than the rest does."""
+    conftest = Path(__file__).parents[1] / "benchmarks" / "conftest.py"
+    pytester.makeconftest(conftest.read_text())
+    pytester.makepyfile(
+        test_it="""
+        import time
+        def test_rand_less_than_p(benchmark):
+            benchmark.pedantic(time.sleep, (0.01,), rounds=3)
+        def test_other(benchmark):
+            benchmark.pedantic(time.sleep, (0.02,), rounds=3)
+        """
+    )
+    times = {"test_rand_less_than_p": 0.005, "test_other": 0.01 / ratio}
+    cases = [{"name": name, "stats": {"min": least}} for name, least in times.items()]
+    Path("before.json").write_text(json.dumps({"benchmarks": cases}))
+    result = pytester.runpytest_subprocess("--benchmark-only", "--baseline=before.json", "-p", "no:cacheprovider")
+    assert result.ret == (1 if ratio > 1.5 else 0)
+    result.stdout.fnmatch_lines(["*  other*" + ("SLOWER" if ratio > 1.5 else "")])

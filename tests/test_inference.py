@@ -14,7 +14,7 @@ from variants import VARIANTS
 import berdiff_fast as bf
 from berdiff_fast import ops
 from berdiff_fast.backends import select
-from berdiff_fast.network import inference
+from berdiff_fast.network import graph, inference
 from berdiff_fast.network.inference import PreparedUNet
 
 if select.can_run("cpp", "cpu"):
@@ -357,3 +357,63 @@ def test_half_precision_network(model):
     half = copy.deepcopy(model).bfloat16()
     off = [float((bf.sample(half, IMG.bfloat16(), 5, 5, seed=1, prepare=p) != exact).float().mean()) for p in (1, 0)]
     assert off[0] <= 1.2 * off[1] + 1e-3
+
+
+def test_in_another_dtype(model):
+    """``dtype`` prepares in it: masks near float32's, and those of the sampler that holds it."""
+    exact, half = draw(model), draw(model, dtype=torch.bfloat16)
+    assert 0 < (half != exact).float().mean() < 0.05
+    assert torch.equal(bf.Sampler(model, 5, 5, dtype=torch.bfloat16)(IMG, seed=1), half)
+    assert next(model.parameters()).dtype is torch.float32
+    assert torch.equal(draw(model, dtype=torch.float32), exact)
+    for options, reason in (({"prepare": False}, "prepare is False"), ({}, "its out.0 has hooks")):
+        if not options:
+            model.network.out[0].register_forward_hook(lambda *_: None)
+        with pytest.raises(ValueError, match=rf"dtype must be the model's own .*, got torch.bfloat16: {reason}"):
+            draw(model, dtype=torch.bfloat16, **options)
+    with pytest.raises(TypeError, match="dtype must be float32, float16 or bfloat16, got torch.float64"):
+        draw(model, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------- captured graphs (test_gpu.py has real ones)
+
+
+def test_what_cannot_be_captured_is_said_once(monkeypatch, caplog):
+    made = []
+
+    class Refusing:
+        def __init__(self, draw, img, *rest):
+            made.append(tuple(img.shape))
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graph, "Graph", Refusing)
+    graphs = {}
+    for shape in ((1, 1, 8, 8), (1, 1, 8, 8), (2, 1, 8, 8)):
+        assert graph.captured(graphs, ("key",), None, torch.zeros(shape), None, 6, None, check=True) is None
+    assert made == [(1, 1, 8, 8), (2, 1, 8, 8)]
+    assert [r.getMessage() for r in caplog.records] == [
+        "no CUDA graph, so every kernel is launched by itself: operation not permitted when stream is capturing"
+    ] * 2
+
+
+def test_out_of_memory_is_passed_on(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graph, "Graph", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        graph.captured({}, ("key",), None, torch.zeros(1, 1, 8, 8), None, 6, None, check=True)
+
+
+def test_few_graphs_are_kept(monkeypatch):
+    monkeypatch.setattr(graph, "Graph", lambda draw, img, *rest: object())
+    graphs = {}
+
+    def of(size):
+        return graph.captured(graphs, ("key",), None, torch.zeros(1, 1, size, size), None, 6, None, check=True)
+
+    first = of(8)
+    assert of(8) is first
+    for size in range(9, 9 + graph.KEPT):
+        of(size)
+    assert len(graphs) == graph.KEPT and of(8) is not first

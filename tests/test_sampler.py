@@ -126,6 +126,25 @@ def test_first_sample_goes_on_where_the_last_call_stopped(model, img):
     assert not torch.equal(last, masks[:, :2])
 
 
+def test_a_sampler_draws_what_sample_draws(model, img):
+    sampler = bf.Sampler(model, 4, 5, method="ddpm", max_batch=3)
+    for seed in (SEED, 4):
+        assert torch.equal(sampler(img, seed=seed), draw(model, img, method="ddpm", seed=seed))
+    assert torch.equal(sampler(img[0], seed=SEED, first_sample=2)[:, :2], sampler(img[0], seed=SEED)[:, 2:])
+    masks, probability = sampler(img.numpy(), seed=SEED, return_probability=True)
+    assert torch.equal(masks, sampler(img, seed=SEED)) and probability.shape == masks.shape
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(-1)
+    assert torch.equal(sampler(img, seed=SEED), draw(model, img, method="ddpm")), "changed weights"
+
+
+@pytest.mark.parametrize("options", [{"n": 0}, {"steps": 7.5}, {"method": "fast"}, {"final": 1}, {"max_batch": -1}])
+def test_a_sampler_refuses_before_it_sees_images(model, options):
+    with pytest.raises((ValueError, TypeError), match=f"{next(iter(options))}.* must|steps"):
+        bf.Sampler(model, **options)
+
+
 def test_without_a_seed_torch_governs(model, img):
     def unseeded() -> torch.Tensor:
         return bf.sample(model, img, 4, 5)

@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +16,24 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch.distributions import Binomial
 
-from berdiff_fast import rng
+from berdiff_fast import ops, rng
+from berdiff_fast.model import BerDiff
 from berdiff_fast.schedule import NoiseSchedule
+
+#: The published LIDC model: 85.6 M parameters, 132 GFLOP a mask of 128 x 128.
+PUBLISHED = dict(
+    model_channels=128, channel_mult=[1, 1, 2, 3, 4], num_res_blocks=2, attention_resolutions=[8], num_heads=1
+)
 
 Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 #: Draws masks from their probabilities: ``draw(mean, y_t, first, timestep)`` for masks first, first + 1, ...; y_t and
 #: timestep are None for the first noise.
 Draw = Callable[[torch.Tensor, "torch.Tensor | None", int, "int | None"], torch.Tensor]
+
+
+def compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    return torch.compile(function, mode="max-autotune" if device == "cuda" else None)
 
 
 def binomial(mean: torch.Tensor, y_t: torch.Tensor | None, first: int, timestep: int | None) -> torch.Tensor:
@@ -132,6 +146,89 @@ def batched(
             mean = (sigma * y + (1 - sigma) * predicted).to(img.dtype)
             y = draw(mean, y, 0, timesteps[step - 1])
     return y
+
+
+def checkout(folder: str, state_dict: dict[str, torch.Tensor], steps: int) -> tuple[Any, Any]:
+    """Network and diffusion of a checkout of the published code (github.com/takimailto/BerDiff), whose code is run.
+
+    Args:
+        folder: the checkout.
+        state_dict: weights of ``UNet(**PUBLISHED)``.
+        steps: of the sampler, a divisor of 1000.
+
+    Raises:
+        FileNotFoundError: it is not a checkout.
+    """
+    codes = Path(folder, "codes")
+    if not (codes / "scripts" / "script_util.py").is_file():
+        raise FileNotFoundError(
+            f"published must be a checkout of BerDiff, and {codes}/scripts/script_util.py is missing"
+        )
+    sys.modules.setdefault("blobfile", ModuleType("blobfile"))  # imported there, for reading checkpoints only
+    sys.path.insert(0, str(codes))
+    try:
+        from scripts.script_util import create_model_and_diffusion, model_and_diffusion_defaults  # type: ignore
+    finally:
+        sys.path.remove(str(codes))
+    options = model_and_diffusion_defaults() | {
+        "num_heads": 1,
+        "attention_resolutions": "16",
+        "noise_schedule": "cosine2",
+        "timestep_respacing": f"ddimuni{steps}",
+        "ltype": "mix",
+        "mean_type": "epsilon",
+        "rescale_timesteps": False,
+        "use_scale_shift_norm": False,
+    }
+    network, diffusion = create_model_and_diffusion(**options)
+    network.load_state_dict(state_dict)
+    return network.eval(), diffusion
+
+
+# ---------------------------------------------------------------------- training
+
+
+class PublishedStep:
+    """A step of the published recipe: float32, a forward pass for each term of the loss, one small operation after
+    another, averages parameter by parameter."""
+
+    def __init__(self, model: BerDiff) -> None:
+        self.model = model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        self.averages = [p.detach().clone() for p in model.parameters()]
+
+    def __call__(self, img: torch.Tensor, y_0: torch.Tensor) -> None:
+        t = torch.randint(self.model.schedule.timesteps, (len(img),), device=img.device)
+        self._backward(img, y_0, t, torch.bernoulli(self.model.schedule.q_mean(y_0, t).float()))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for average, parameter in zip(self.averages, self.model.parameters(), strict=True):
+            average.mul_(0.9999).add_(parameter.detach(), alpha=1e-4)
+
+    def gradients(self, img: torch.Tensor, y_0: torch.Tensor) -> torch.Tensor:
+        """All gradients in one vector, at fixed timesteps and noise."""
+        return fixed_gradients(self.model, self._backward, img, y_0)
+
+    def _backward(self, img: torch.Tensor, y_0: torch.Tensor, t: torch.Tensor, y_t: torch.Tensor) -> None:
+        schedule = self.model.schedule
+        true = schedule.q_posterior_mean(y_0, y_t, t).float()
+        predicted = (y_t - torch.sigmoid(self.model(y_t, t, img))).abs()
+        at_zero = t.view(-1, 1, 1, 1) == 0
+        found = torch.where(at_zero, predicted, schedule.q_posterior_mean(predicted, y_t, t).float())
+        bce = F.binary_cross_entropy(torch.sigmoid(self.model(y_t, t, img)), (y_t - y_0).abs())
+        loss = (bernoulli_kl(true, found).mean() + bce) / math.log(2)
+        loss.backward()
+
+
+def fixed_gradients(
+    model: BerDiff, backward: Callable[..., None], img: torch.Tensor, y_0: torch.Tensor
+) -> torch.Tensor:
+    """What ``backward(img, y_0, t, y_t)`` leaves in the parameters, for a fixed t and y_t; cleared again."""
+    t = torch.linspace(60, 940, len(img)).long().to(img.device)
+    backward(img, y_0, t, ops.q_sample(y_0, t, rng.image_seeds(0, len(img)).to(img.device), model.schedule))
+    found = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return found
 
 
 # ---------------------------------------------------------------------- the loss

@@ -3,34 +3,39 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import berdiff_fast as bf
 from berdiff_fast import ops
 from berdiff_fast.backends import select
-from berdiff_fast.bench import baselines
-from berdiff_fast.bench.runner import Case, Contender
-
-#: The published LIDC model: 85.6 M parameters, 132 GFLOP a mask of 128 x 128.
-PUBLISHED = dict(
-    model_channels=128, channel_mult=[1, 1, 2, 3, 4], num_res_blocks=2, attention_resolutions=[8], num_heads=1
-)
-
-Made = Iterator[Contender | tuple[str, str]]
+from berdiff_fast.bench import baselines, calls, training
+from berdiff_fast.bench.runner import Case, Contender, Made, assert_close, same_masks
 
 
-def registry(device: str, *, quick: bool) -> list[Case]:
-    """All cases for a device; ``quick`` leaves out what takes minutes on a laptop."""
-    cases = [_step(device), _group_norm(device), _loss(device), _metrics(device), _call(device, "bundled model")]
+def registry(device: str, *, quick: bool, compile: bool = True, published: str | None = None) -> list[Case]:
+    """All cases for a device.
+
+    Args:
+        device: "cpu" or "cuda".
+        quick: leave out what takes minutes on a laptop.
+        compile: with torch.compile among the contenders, which may take minutes to begin.
+        published: a checkout of the published code, to be timed too.
+    """
+    cases = [
+        _step(device),
+        _group_norm(device, compile),
+        _loss(device, compile),
+        _metrics(device),
+        training.case(device),
+        calls.case(device, "bundled model", compile=compile),
+    ]
     if not quick:
-        cases.append(_call(device, "published U-Net"))
+        cases.append(calls.case(device, "published U-Net", compile=compile, published=published))
     return cases
 
 
@@ -40,16 +45,6 @@ def _generator(device: str) -> torch.Generator:
 
 def _backends(device: str) -> list[str]:
     return [b for b in ("cuda", "triton", "cpp", "reference") if select.can_run(b, device)]
-
-
-def _close(got: torch.Tensor, expected: torch.Tensor, rtol: float) -> None:
-    largest = float(expected.abs().max())
-    error = float((got.double() - expected.double()).abs().max())
-    assert error <= rtol * largest, f"off by {error:.3g} where the largest value is {largest:.3g}"
-
-
-def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    return torch.compile(function, mode="max-autotune" if device == "cuda" else None)
 
 
 # ---------------------------------------------------------------------- kernels
@@ -96,7 +91,7 @@ def _step(device: str) -> Case:
             return draw(mean, y[:rows], 0, taus[step])
 
         def near() -> dict[str, Any]:
-            return _same_masks(plain(baselines.as_contracted(0), first).bool(), expected.bool())
+            return same_masks(plain(baselines.as_contracted(0), first).bool(), expected.bool())
 
         for backend in _backends(device):
             if backend == "reference" and device == "cuda":
@@ -118,7 +113,7 @@ def _step(device: str) -> Case:
     return Case(name, "kernel", contenders, "plain PyTorch, rand_like(p) < p", "pixels", pixels, bytes=moved)
 
 
-def _group_norm(device: str) -> Case:
+def _group_norm(device: str, compile: bool) -> Case:
     shape = (64, 256, 64, 64) if device == "cuda" else (4, 128, 64, 64)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     skip = (shape[0], 128, *shape[2:])
@@ -140,7 +135,7 @@ def _group_norm(device: str) -> Case:
         tolerance = 5e-6 if dtype is torch.float32 else 2e-2
 
         def check(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> None:
-            _close(function(*(i[:1] for i in inputs)).cpu(), exact, tolerance)
+            assert_close(function(*(i[:1] for i in inputs)).cpu(), exact, tolerance)
 
         last = [t.to(memory_format=torch.channels_last) for t in (x, other)]
 
@@ -158,12 +153,13 @@ def _group_norm(device: str) -> Case:
         yield Contender(
             "plain PyTorch, channels last", functools.partial(plain, *last), functools.partial(check, plain, *last)
         )
-        compiled = _compiled(plain, device)
-        yield Contender(
-            "torch.compile, channels last",
-            functools.partial(compiled, *last),
-            functools.partial(check, compiled, *last),
-        )
+        if compile:
+            compiled = baselines.compiled(plain, device)
+            yield Contender(
+                "torch.compile, channels last",
+                functools.partial(compiled, *last),
+                functools.partial(check, compiled, *last),
+            )
 
     elements = (shape[1] + skip[1]) * shape[0] * shape[2] * shape[3]
     name = f"concatenation, GroupNorm and SiLU, {tuple(shape)} and {tuple(skip)}"
@@ -174,7 +170,7 @@ def _group_norm(device: str) -> Case:
 # ---------------------------------------------------------------------- loss and metrics
 
 
-def _loss(device: str) -> Case:
+def _loss(device: str, compile: bool) -> Case:
     masks, size = (1024, 256) if device == "cuda" else (16, 128)
 
     def contenders() -> Made:
@@ -197,7 +193,7 @@ def _loss(device: str) -> Case:
 
         def check(function: Callable[..., torch.Tensor], rtol: float, **options: Any) -> None:
             for got, wanted in zip(both(function, **options), exact, strict=True):
-                _close(got[few].detach().cpu(), wanted.detach(), rtol)
+                assert_close(got[few].detach().cpu(), wanted.detach(), rtol)
 
         for backend in _backends(device):
             if backend == "reference" and device == "cuda":
@@ -210,8 +206,11 @@ def _loss(device: str) -> Case:
             )
         plain = baselines.plain_loss
         yield Contender("plain PyTorch", functools.partial(both, plain), functools.partial(check, plain, 1e-2))
-        compiled = _compiled(plain, device)
-        yield Contender("torch.compile", functools.partial(both, compiled), functools.partial(check, compiled, 1e-2))
+        if compile:
+            compiled = baselines.compiled(plain, device)
+            yield Contender(
+                "torch.compile", functools.partial(both, compiled), functools.partial(check, compiled, 1e-2)
+            )
 
     pixels = masks * size * size
     name = f"loss, value and gradient, {masks} masks of {size} x {size}"
@@ -241,123 +240,3 @@ def _metrics(device: str) -> Case:
 
     name = "GED and HM-IoU, 4 raters and 16 samples of 128 x 128"
     return Case(name, "metrics", contenders, "pair by pair in NumPy (published)", "images", 1)
-
-
-# ---------------------------------------------------------------------- the whole call
-
-
-def _same_masks(got: torch.Tensor, expected: torch.Tensor, share: float = 1e-3) -> dict[str, Any]:
-    """Equal but for pixels whose logits are within rounding of the threshold, and what these lead to."""
-    differing, pixels = int((got != expected).sum()), expected.numel()
-    assert differing <= share * pixels, f"{differing} of {pixels} pixels differ from the reference's masks"
-    return {"differing_pixels": differing, "pixels": pixels}
-
-
-def _published_network() -> bf.BerDiff:
-    torch.manual_seed(0)
-    network = bf.UNet(**PUBLISHED)  # type: ignore[arg-type]
-    with torch.no_grad():
-        for p in network.parameters():  # untrained branches end in zeros, which nobody should time
-            p.add_(torch.randn_like(p) * 0.02)
-    return bf.BerDiff(network, prediction="epsilon").eval()
-
-
-def _call(device: str, which: str) -> Case:
-    bundled = which == "bundled model"
-    gpu = device == "cuda"
-    # A call of 16 masks in 10 steps of the published U-Net takes minutes on a CPU; 4 in 2 are the same work per mask.
-    n, steps = (16, 10) if gpu or bundled else (4, 2)
-    size = 128
-    dtype = torch.bfloat16 if gpu else torch.float32
-
-    @functools.cache
-    def model() -> bf.BerDiff:
-        return (bf.load("lidc") if bundled else _published_network()).to(device)
-
-    def contenders() -> Made:
-        exact = model()
-        cases = bf.data.phantom.generate(1, size, seed=3, field=size)
-        img = (exact.preprocess(cases.images) if bundled else cases.images).to(device)
-        taus = exact.schedule.subsequence(steps, exact.spacing)
-        predicts_y0 = exact.prediction == "y_0"
-        few = min(n, 4)
-
-        @functools.cache
-        def expected() -> torch.Tensor:
-            return bf.sample(exact, img, few, taus, seed=1, prepare=False, backend="reference")[0]
-
-        def ours(net: bf.BerDiff, count: int = n, **options: Any) -> torch.Tensor:
-            return bf.sample(net, img.to(next(net.parameters()).dtype), count, taus, seed=1, **options)[0]
-
-        def check_ours(net: bf.BerDiff, share: float, **options: Any) -> dict[str, Any]:
-            return _same_masks(ours(net, few, **options), expected(), share)
-
-        def plain(
-            sampler: Callable[..., torch.Tensor],
-            network: Any,
-            dtype: torch.dtype = torch.float32,
-            count: int = n,
-            **draw: Any,
-        ) -> torch.Tensor:
-            return sampler(network, img.to(dtype), count, taus, exact.schedule, predicts_y0=predicts_y0, **draw)
-
-        def check(
-            sampler: Callable[..., torch.Tensor], network: Any, dtype: torch.dtype = torch.float32
-        ) -> dict[str, Any]:
-            masks = plain(sampler, network, dtype, few, draw=baselines.as_contracted(1))
-            return _same_masks(masks.bool(), expected(), 1e-3 if dtype is torch.float32 else 0.05)
-
-        def contender(
-            name: str, sampler: Callable[..., torch.Tensor], network: Any, dtype: torch.dtype = torch.float32
-        ) -> Contender:
-            return Contender(
-                name,
-                functools.partial(plain, sampler, network, dtype),
-                functools.partial(check, sampler, network, dtype),
-            )
-
-        yield Contender("ours", functools.partial(ours, exact), functools.partial(check_ours, exact, 1e-3), ours=True)
-        yield Contender(
-            "ours, network as it is",
-            functools.partial(ours, exact, prepare=False),
-            functools.partial(check_ours, exact, 1e-3, prepare=False),
-            ours=True,
-        )
-        if not gpu:
-            winograd: dict[str, Any] = {"prepare": "winograd"}
-            yield Contender(
-                "ours, Winograd",
-                functools.partial(ours, exact, **winograd),
-                functools.partial(check_ours, exact, 1e-2, **winograd),
-                ours=True,
-            )
-        yield contender("PyTorch, one mask after another (published)", baselines.one_after_another, exact)
-        yield contender("PyTorch, batched", baselines.batched, exact)
-        last = _copy_of(exact).to(memory_format=torch.channels_last)
-        yield contender("PyTorch, batched, channels last", baselines.batched, last)
-        yield contender("torch.compile, batched, channels last", baselines.batched, _compiled(last, device))
-        if gpu:
-            half = _copy_of(exact).to(dtype)
-            yield Contender(
-                "ours, bfloat16", functools.partial(ours, half), functools.partial(check_ours, half, 0.05), ours=True
-            )
-            half_last = _copy_of(half).to(memory_format=torch.channels_last)
-            yield contender("PyTorch, batched, channels last, bfloat16", baselines.batched, half_last, dtype)
-            yield contender(
-                "torch.compile, batched, channels last, bfloat16",
-                baselines.batched,
-                _compiled(half_last, device),
-                dtype,
-            )
-
-    config: dict[str, Any] = dict(bf.load("lidc").network.config if bundled else PUBLISHED)  # type: ignore[arg-type]
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        x = torch.empty(1, 1, size, size)
-        bf.UNet(**config)(x, torch.zeros(1), x)
-    flops = counter.get_total_flops() * n * steps
-    name = f"sample(n={n}, steps={steps}), {size} x {size}, {which}"
-    return Case(name, "call", contenders, "PyTorch, one mask after another (published)", "masks", n, flops=flops)
-
-
-def _copy_of(model: bf.BerDiff) -> Any:
-    return copy.deepcopy(model)

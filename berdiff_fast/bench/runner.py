@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,14 +34,17 @@ class Contender:
     ours: bool = False
 
 
+#: What a case's ``contenders`` yields: contenders, or a name and the reason why that one cannot run here.
+Made = Iterator[Contender | tuple[str, str]]
+
+
 @dataclass
 class Case:
     """A piece of work.
 
     Attributes:
         name, group: as tables show it: "kernel", "loss", "metrics", "call" or "training".
-        contenders: a function, so that nothing is built before its turn comes; yields contenders, or a pair of a name
-            and the reason why that one cannot run here.
+        contenders: a function, so that nothing is built before its turn comes.
         baseline: the contender that the others are compared with.
         unit, amount: what is done per run, for rates: ("masks", 16).
         flops, bytes: floating-point operations and bytes moved per run, where they are the same for all; else 0.
@@ -47,7 +52,7 @@ class Case:
 
     name: str
     group: str
-    contenders: Callable[[], Iterator[Contender | tuple[str, str]]]
+    contenders: Callable[[], Made]
     baseline: str
     unit: str = ""
     amount: float = 0
@@ -97,8 +102,11 @@ def run(case: Case, settings: Settings, progress: bool = True) -> Result:
             row: dict[str, Any] = {"name": contender.name, "ours": contender.ours}
             result.contenders.append(row)
             try:
+                memory = _Memory(settings.device)
                 row |= {"gate": contender.gate() or {}}
+                memory.watch()
                 contender.run()  # warm: caches, compilers
+                row["peak_bytes"] = memory.peak()
             except AssertionError as error:
                 row["why_not"] = f"wrong result, not timed: {error}"
             except Exception as error:  # a baseline that cannot run here is told of, not fatal
@@ -147,20 +155,78 @@ def _spread(times: list[float]) -> float:
     return (high - low) / middle
 
 
+class _Memory:
+    """The most memory that a run takes, beside what was in use when this was made: what a contender prepared for
+    itself counts, its inputs do not. None where the system does not tell."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.before = self._now()
+
+    def watch(self) -> None:
+        """From here on."""
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return
+        self._now()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident memory starts anew (proc(5))
+        except OSError:
+            self.before = None
+
+    def peak(self) -> int | None:
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() - (self.before or 0)
+        return None if self.before is None else max(0, self._resident("VmHWM") - self.before)
+
+    def _now(self) -> int | None:
+        gc.collect()
+        if self.device == "cuda":
+            return torch.cuda.memory_allocated()
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed
+            return self._resident("VmRSS")
+        except (OSError, AttributeError):
+            return None
+
+    @staticmethod
+    def _resident(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
+
+
 def _on_gpu(function: Callable[[], Any]) -> dict[str, Any]:
-    """Peak memory, and what the host did: launches, waits and allocations."""
+    """What the host did: launches, waits and allocations, and which kernels took the time."""
     from torch.profiler import ProfilerActivity, profile
 
-    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()["num_device_alloc"]
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         function()
-    events = {e.key: e.count for e in profiler.key_averages()}
+    averages = profiler.key_averages()
+    events = {e.key: e.count for e in averages}
     launches = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
     waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+    kernels = sorted(averages, key=lambda e: e.self_device_time_total, reverse=True)[:12]
     return {
-        "peak_bytes": torch.cuda.max_memory_allocated(),
         "launches": sum(events.get(key, 0) for key in launches),
         "waits": max(0, sum(events.get(key, 0) for key in waits) - 1),  # the profiler's own
         "allocations": torch.cuda.memory_stats()["num_device_alloc"] - before,
+        "kernels_us": {e.key[:100]: round(e.self_device_time_total, 1) for e in kernels if e.self_device_time_total},
     }
+
+
+# ---------------------------------------------------------------------- what gates ask
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, rtol: float) -> None:
+    """Within ``rtol`` of the largest value."""
+    largest = float(expected.abs().max())
+    error = float((got.double() - expected.double()).abs().max())
+    assert error <= rtol * largest, f"off by {error:.3g} where the largest value is {largest:.3g}"
+
+
+def same_masks(got: torch.Tensor, expected: torch.Tensor, share: float = 1e-3) -> dict[str, Any]:
+    """Equal but for pixels whose logits are within rounding of the threshold, and what these lead to."""
+    differing, pixels = int((got != expected).sum()), expected.numel()
+    assert differing <= share * pixels, f"{differing} of {pixels} pixels differ from the reference's masks"
+    return {"differing_pixels": differing, "pixels": pixels}

@@ -90,6 +90,7 @@ class PreparedUNet:
         timesteps = torch.as_tensor(timesteps, device=device)
         if timesteps.ndim != 1 or not len(timesteps):
             raise ValueError(f"timesteps must be one or more numbers, got shape {tuple(timesteps.shape)}")
+        self.steps = len(timesteps)
         if winograd:
             if (device.type, self.dtype, self.spatial_dims) != ("cpu", torch.float32, 2):
                 raise ValueError(
@@ -173,7 +174,9 @@ def why_not(network: Any) -> str | None:
     return None
 
 
-def prepare(network: UNet, timesteps: Sequence[float], *, winograd: bool = False) -> PreparedUNet:
+def prepare(
+    network: UNet, timesteps: Sequence[float], *, dtype: torch.dtype | None = None, winograd: bool = False
+) -> PreparedUNet:
     """The prepared form of a network as it is now: the former one, unless timesteps or weights have changed.
 
     Weights are compared by their addresses and versions, and on the CPU also by their norms, since writes by way of
@@ -181,13 +184,20 @@ def prepare(network: UNet, timesteps: Sequence[float], *, winograd: bool = False
     """
     parameters = list(network.parameters())
     versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
-    key = (tuple(timesteps), winograd, versions, parameters[0].dtype, parameters[0].device)
+    key = (
+        tuple(timesteps),
+        dtype or parameters[0].dtype,
+        winograd,
+        versions,
+        parameters[0].dtype,
+        parameters[0].device,
+    )
     # On a GPU reading these would make the host wait.
     on_cpu = [p.detach() for p in parameters if p.is_cpu]
     norms = torch.stack(torch._foreach_norm(on_cpu)) if on_cpu else torch.zeros(())
     found = _prepared.get(network)
     if found is None or found[0] != key or not torch.equal(found[1], norms):
-        found = _prepared[network] = (key, norms, PreparedUNet(network, timesteps, winograd=winograd))
+        found = _prepared[network] = (key, norms, PreparedUNet(network, timesteps, dtype=dtype, winograd=winograd))
     return found[2]
 
 

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA graphs of the sampler's work: all steps of some masks, recorded once and launched by one call of the host."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("berdiff_fast")
+
+#: Draws masks of images from seeds, and raises flags: ``draw(img, seeds, flags) -> masks``.
+Draw = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+#: Graphs that are kept of a network, each with the memory of its activations.
+KEPT = 4
+
+
+def captured(
+    graphs: dict[Any, Graph | None],
+    key: tuple[Any, ...],
+    draw: Draw,
+    img: torch.Tensor,
+    seeds: torch.Tensor,
+    flags: int,
+    keep: Any,
+    *,
+    check: bool,
+) -> Graph | None:
+    """The graph of ``draw`` for images like these: one that is kept in ``graphs``, or captured now.
+
+    Args:
+        graphs: of one network.
+        key: what ``draw`` does, beside shape and dtype of the images.
+        flags, keep, check: see ``Graph``.
+
+    Returns:
+        None where it cannot be captured. The log says why, once.
+    """
+    key = (tuple(img.shape), img.dtype, img.device, *key)
+    if key not in graphs:
+        while len(graphs) >= KEPT:
+            graphs.pop(next(iter(graphs)))
+        try:
+            graphs[key] = Graph(draw, img, seeds, flags, keep, check)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            logger.warning("no CUDA graph, so every kernel is launched by itself: %s", error)
+            graphs[key] = None
+    return graphs[key]
+
+
+class Graph:
+    """``draw`` as one CUDA graph, whose inputs are images and seeds.
+
+    Args:
+        draw: the same work at every call.
+        img, seeds: examples.
+        flags: how many ``draw`` is given.
+        keep: what its kernels read beside these, unless it outlives the graph anyway.
+        check: for work that nobody here knows: refuse what makes the host wait, which a graph cannot, and what the
+            replay does not repeat, bit for bit.
+
+    Raises:
+        RuntimeError: it cannot be captured, or not faithfully.
+    """
+
+    def __init__(self, draw: Draw, img: torch.Tensor, seeds: torch.Tensor, flags: int, keep: Any, check: bool) -> None:
+        self._keep, self._img, self._seeds = keep, img.clone(), seeds.clone()
+        self._flags = torch.zeros(flags, dtype=torch.int32, device=img.device)
+        self._graph = torch.cuda.CUDAGraph()
+        inputs = self._img, self._seeds, self._flags
+        aside = torch.cuda.Stream(img.device)
+        aside.wait_stream(torch.cuda.current_stream(img.device))
+        # This context is left in order even where leaving that of the capture fails.
+        with torch.cuda.stream(aside):
+            draw(*inputs)  # libraries choose their algorithms and Triton compiles before anything is recorded
+            with _host_must_not_wait() if check else nullcontext():
+                expected = draw(*inputs)
+            with torch.cuda.graph(self._graph, stream=aside, capture_error_mode="thread_local"):
+                self._flags.zero_()
+                self._masks = draw(*inputs)
+            if check:
+                self._graph.replay()
+                if not torch.equal(self._masks, expected):
+                    raise RuntimeError("its replay draws other masks than the network itself")
+        torch.cuda.current_stream(img.device).wait_stream(aside)
+
+    def replay(self, img: torch.Tensor, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks and flags, which the next replay overwrites."""
+        self._img.copy_(img)
+        self._seeds.copy_(seeds)
+        self._graph.replay()
+        return self._masks, self._flags
+
+
+@contextmanager
+def _host_must_not_wait() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    words = str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "CUDNN_STATUS_ALLOC_FAILED" in words
+        or "CUBLAS_STATUS_ALLOC_FAILED" in words
+    )
