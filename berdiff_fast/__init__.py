@@ -10,10 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from berdiff_fast import data, imaging, metrics, ops, rng
 from berdiff_fast.backends.select import BackendUnavailableError
+from berdiff_fast.imaging.summary import summarize
 from berdiff_fast.model import BerDiff, Preprocessing, bundled_models, load, load_official
 from berdiff_fast.network.unet import UNet
 from berdiff_fast.rng import DRAW_CONTRACT, image_seeds
 from berdiff_fast.sampler import Sampler, sample
+from berdiff_fast.scans import sample_until, sample_volume
 from berdiff_fast.schedule import NoiseSchedule
 
 try:
@@ -40,4 +42,7 @@ __all__ = [
     "ops",
     "rng",
     "sample",
+    "sample_until",
+    "sample_volume",
+    "summarize",
 ]

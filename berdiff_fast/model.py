@@ -41,14 +41,19 @@ class Preprocessing:
             becomes its lower end). "window": intensities are clipped to ``window`` first.
         window: (low, high) in raw units, Hounsfield units for CT; for "window" only.
         output_range: (low, high) of the result.
+        size: (H, W) of the images trained on, in pixels; None where any will do.
+        pixel_spacing: (row, column) of these pixels in mm; None where any will do. Calling this neither cuts nor
+            resamples: ``sample_volume`` does, by these two.
 
     Raises:
-        ValueError: an unknown mode, or a window or range that is missing, superfluous or not increasing.
+        ValueError: an unknown mode, or a window, range, size or spacing that is missing, superfluous or makes no sense.
     """
 
     mode: str = "min-max"
     window: tuple[float, float] | None = None
     output_range: tuple[float, float] = (-1.0, 1.0)
+    size: tuple[int, int] | None = None
+    pixel_spacing: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("min-max", "window"):
@@ -58,6 +63,12 @@ class Preprocessing:
         if self.window is not None:
             object.__setattr__(self, "window", checks.increasing_pair("window", self.window))
         object.__setattr__(self, "output_range", checks.increasing_pair("output_range", self.output_range))
+        for name, kind in (("size", int), ("pixel_spacing", float)):
+            pair = getattr(self, name)
+            if pair is not None:
+                if len(pair) != 2 or not all(0 < x < float("inf") and kind(x) == x for x in pair):
+                    raise ValueError(f"{name} must be two positive numbers, along rows and columns, got {pair!r}")
+                object.__setattr__(self, name, (kind(pair[0]), kind(pair[1])))
 
     def __call__(self, raw: torch.Tensor) -> torch.Tensor:
         """(B, C, *spatial) of any real dtype to float32 of the same shape."""

@@ -159,7 +159,9 @@ class TrainConfig:
         """The noise schedule."""
         return NoiseSchedule(self.schedule, self.timesteps, input_scale=self.input_scale, as_released=self.as_released)
 
-    def build_model(self, mask_channels: int, img_channels: int, *, meta: bool = False) -> BerDiff:
+    def build_model(
+        self, mask_channels: int, img_channels: int, size: tuple[int, int] | None = None, *, meta: bool = False
+    ) -> BerDiff:
         """The untrained model; with ``meta``, without memory for its weights."""
         import torch
 
@@ -178,7 +180,7 @@ class TrainConfig:
                 patch_size=self.patch_size,
             )
         window = (self.window[0], self.window[1]) if self.window else None
-        preprocessing = Preprocessing("window" if window else "min-max", window)
+        preprocessing = Preprocessing("window" if window else "min-max", window, size=size)
         return BerDiff(
             network, self.build_schedule(), self.prediction, preprocessing=preprocessing, spacing=self.spacing
         )

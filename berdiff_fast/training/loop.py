@@ -67,7 +67,7 @@ def train(config: TrainConfig) -> Path:
             f"{accelerator.num_processes}, got {config.batch_size}"
         )
     torch.manual_seed(rng.signed64(rng.splitmix64(config.seed, 0)))
-    model = config.build_model(slices.mask_channels, slices.img_channels)
+    model = config.build_model(slices.mask_channels, slices.img_channels, slices.image_size)
     assert model.preprocessing is not None
     if config.initial_weights:
         _start_from(config.initial_weights, model)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What n masks say together: where they agree, where not, and how large the thing may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from berdiff_fast import checks
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of n masks of each image; B and K are absent where the masks had none.
+
+    Attributes:
+        mean: the share of masks that mark a pixel, float32 (B, K, *spatial).
+        entropy: of a pixel, in bits: H(mean), 1 where half of the masks mark it; float32 (B, K, *spatial).
+        majority: what more than half of the masks mark, bool (B, K, *spatial).
+        quantiles: for each level q the pixels that a share of at least q marks, bool (B, K, *spatial): Vorob'ev's
+            quantiles of a random set. A small level gives the largest one.
+        sizes: of each mask, float64 (B, n, K), in ``unit``.
+        unit: "mm2" or "mm3" with a spacing, else "pixels".
+    """
+
+    mean: torch.Tensor
+    entropy: torch.Tensor
+    majority: torch.Tensor
+    quantiles: dict[float, torch.Tensor]
+    sizes: torch.Tensor
+    unit: str
+
+
+def summarize(
+    masks: torch.Tensor | np.ndarray,
+    spacing: Sequence[float] | None = None,
+    quantiles: Sequence[float] = (0.05, 0.5, 0.95),
+) -> Summary:
+    """Mean, entropy, majority, quantiles and sizes of masks.
+
+    Args:
+        masks: bool (B, n, K, *spatial) as ``sample`` returns it, or (n, *spatial), with 2 or 3 spatial dimensions.
+        spacing: mm between pixels along each spatial dimension.
+        quantiles: levels, above 0 and up to 1.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    x = checks.tensor("masks", masks)
+    if x.dtype is not torch.bool:
+        raise TypeError(f"masks must be bool, got {x.dtype}")
+    if x.ndim not in (3, 4, 5, 6) or x.numel() == 0:
+        raise ValueError(
+            f"masks must be (B, n, K, *spatial) or (n, *spatial) with 2 or 3 spatial dimensions and not empty, got "
+            f"shape {tuple(x.shape)}"
+        )
+    if any(not 0 < q <= 1 for q in quantiles):
+        raise ValueError(f"quantiles must be above 0 and at most 1, got {list(quantiles)}")
+    batched = x.ndim >= 5
+    dims = x.ndim - (3 if batched else 1)
+    axis = 1 if batched else 0
+    marked = x.sum(axis)
+    n = x.shape[axis]
+    mean = (marked.double() / n).float()
+    voxel, unit = 1.0, "pixels"
+    if spacing is not None:
+        if len(spacing) != dims or not all(0 < float(s) < float("inf") for s in spacing):
+            raise ValueError(f"spacing must be {dims} positive numbers of mm, got {list(spacing)}")
+        voxel, unit = math.prod(float(s) for s in spacing), f"mm{dims}"
+    return Summary(
+        mean=mean,
+        entropy=entropy(mean),
+        majority=2 * marked > n,
+        quantiles={float(q): marked >= math.ceil(q * n - 1e-9) for q in quantiles},
+        sizes=x.flatten(-dims).sum(-1).double() * voxel,
+        unit=unit,
+    )
+
+
+def entropy(mean: torch.Tensor) -> torch.Tensor:
+    """In bits, of a pixel that is marked with probability ``mean``: 0 where masks agree, 1 at a half."""
+    return (torch.special.entr(mean) + torch.special.entr(1 - mean)) / math.log(2)
+
+
+def spread(sizes: Sequence[float]) -> Mapping[str, float]:
+    """Mean, standard deviation, median and a central 90 % of sizes."""
+    x = np.asarray(sizes, dtype=np.float64)
+    low, median, high = np.quantile(x, [0.05, 0.5, 0.95])
+    return {
+        "mean": float(x.mean()),
+        "standard_deviation": float(x.std(ddof=1)) if len(x) > 1 else 0.0,
+        "median": float(median),
+        "p05": float(low),
+        "p95": float(high),
+    }

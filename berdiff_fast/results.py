@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command ``sample`` leaves: masks and maps on the scan's own grid, and how they were made as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import berdiff_fast
+from berdiff_fast import metrics
+from berdiff_fast.files import write_text
+from berdiff_fast.imaging import volumes
+from berdiff_fast.imaging.summary import entropy, spread
+from berdiff_fast.imaging.volumes import Volume
+from berdiff_fast.scans import SampledVolume
+
+SUMMARY = "summary.json"
+WORK = ".unfinished"
+
+#: The ending of results by the format of the scan.
+_ENDINGS = {
+    "nifti": ".nii.gz",
+    "nrrd": ".nrrd",
+    "metaimage": ".mha",
+    "dicom": ".nii.gz",
+    "picture": ".png",
+    "numpy": ".npy",
+    "hdf5": ".npy",
+}
+
+
+@contextlib.contextmanager
+def folder(output: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """The folder of results, to be filled; yields one inside for what is unfinished, which is removed in the end.
+
+    After an interruption, or an error once slices are done, that stays, and the same call goes on there. After any
+    other error nothing is left.
+
+    Raises:
+        FileExistsError: it holds results, and ``overwrite`` is False.
+        OSError: it cannot be made or written to.
+    """
+    root = Path(output)
+    if root.exists() and not root.is_dir():
+        raise FileExistsError(f"output must be a folder, and {root} is a file")
+    if (root / SUMMARY).exists() and not overwrite:
+        raise FileExistsError(f"output: {root} holds results already; choose another folder, or overwrite them")
+    made = [p for p in (root, *root.parents) if not p.exists()]
+    work = root / WORK
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        yield work
+    except BaseException as error:
+        kept = (work / "done").exists() or isinstance(error, KeyboardInterrupt)
+        if not kept:
+            shutil.rmtree(work, ignore_errors=True)
+            for path in made:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+        raise
+    shutil.rmtree(work)
+
+
+def check_raters(raters: Sequence[Volume], volume: Volume) -> np.ndarray | None:
+    """Raters' masks (R, S, H, W), bool, of the volume's grid; None if there are none.
+
+    Raises:
+        ValueError: another grid, or values that are not those of a mask.
+    """
+    found = []
+    for rater in raters:
+        if rater.array.shape != volume.array.shape:
+            raise ValueError(
+                f"raters: {rater.path} has the shape {rater.array.shape}, and the scan {volume.array.shape}"
+            )
+        geometry = [np.abs(np.subtract(rater.origin, volume.origin)).max()]
+        geometry.append(np.abs(rater.direction - volume.direction).max())
+        if rater.spacing is not None and volume.spacing is not None:
+            geometry.append(np.abs(np.subtract(rater.spacing, volume.spacing)).max())
+            if max(geometry) > 1e-3:
+                raise ValueError(
+                    f"raters: {rater.path} lies elsewhere than the scan: other origin, spacing or direction"
+                )
+        if len(np.unique(rater.array)) > 2:
+            raise ValueError(f"raters: {rater.path} must hold a mask, of 0 and one other value")
+        found.append(rater.array != 0)
+    return np.stack(found) if found else None
+
+
+def write(
+    sampled: SampledVolume,
+    output: str | os.PathLike[str],
+    work: Path,
+    *,
+    provenance: dict[str, Any],
+    raters: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Write masks, the mean and the disagreement (entropy, in bits), and the summary, which comes last.
+
+    Args:
+        sampled: what was drawn.
+        output: the folder.
+        work: where files are made before they are moved into place.
+        provenance: what the summary is to say beside sizes: seed, model, versions.
+        raters: bool (R, S, H, W), to compare with.
+
+    Returns:
+        The summary.
+    """
+    volume, root = sampled.volume, Path(output)
+    stage = work / "results"
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir()
+    ending = _ENDINGS[volume.format]
+    if ending == ".png" and len(volume.array) > 1:
+        ending = ".npy"
+    digits = max(3, len(str(sampled.n - 1)))
+    names, voxels = [], []
+    for k in range(sampled.n):
+        mask = sampled.mask(k)
+        names.append(f"mask_{k:0{digits}d}{ending}")
+        voxels.append(int(mask.sum()))
+        volumes.write(stage / names[-1], mask, volume)
+    mean = sampled.mean
+    volumes.write(stage / f"mean{ending}", mean, volume)
+    volumes.write(stage / f"entropy{ending}", entropy(torch.from_numpy(mean)).numpy(), volume)
+    segmentations = []
+    if volume.format == "dicom" and any(voxels):
+        masks = {f"mask {k}": sampled.mask(k) for k in range(sampled.n)}
+        volumes.write_segmentation(stage / "masks.dcm", masks, volume, description="berdiff_fast: sampled masks")
+        description = "berdiff_fast: share of masks"
+        volumes.write_segmentation(stage / "mean.dcm", {"mean": mean}, volume, fractional=True, description=description)
+        segmentations = ["masks.dcm", "mean.dcm"]
+
+    summary = {
+        **provenance,
+        "masks": names,
+        "mean": f"mean{ending}",
+        "entropy": f"entropy{ending}",
+        "segmentations": segmentations,
+        "sizes": _sizes(voxels, volume),
+    }
+    if raters is not None:
+        summary["raters"] = _against(sampled, raters)
+    (root / SUMMARY).unlink(missing_ok=True)  # of earlier results, which are now being replaced
+    for path in sorted(stage.iterdir()):
+        os.replace(path, root / path.name)
+    write_text(root / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def _sizes(voxels: list[int], volume: Volume) -> dict[str, Any]:
+    """Of each mask, and how they spread."""
+    found: dict[str, Any] = {"voxels": voxels, "spread_voxels": spread(voxels)}
+    if volume.voxel_mm3 is not None:
+        mm3 = [v * volume.voxel_mm3 for v in voxels]
+        found |= {"mm3": mm3, "mL": [v / 1000 for v in mm3], "spread_mm3": spread(mm3)}
+        found["spread_mL"] = {k: v / 1000 for k, v in found["spread_mm3"].items()}
+    return found
+
+
+def _against(sampled: SampledVolume, raters: np.ndarray) -> dict[str, float]:
+    """GED and HM-IoU, the whole volume being one mask."""
+    theirs, ours = torch.from_numpy(raters)[None].flatten(3, -1), torch.from_numpy(sampled.masks)[None].flatten(3, -1)
+    found = metrics.evaluate(theirs, ours, ("ged", "hm_iou"))
+    return {"count": len(raters), **{name: float(value[0]) for name, value in found.items()}}
+
+
+def as_text(summary: dict[str, Any], output: str | os.PathLike[str]) -> str:
+    """A few lines for people."""
+    sizes = summary["sizes"]
+    unit = "mL" if "mL" in sizes else "voxels"
+    found = sizes[f"spread_{unit}"]
+    middle = f"median {found['median']:.4g}, 90 % of them from {found['p05']:.4g} to {found['p95']:.4g} {unit}"
+    tiles = f", {len(summary['tiles'])} tiles each" if len(summary["tiles"]) > 1 else ""
+    lines = [
+        f"{summary['n']} masks of {summary['slices'][1] - summary['slices'][0]} slices{tiles}: {middle}",
+        f"empty: {sum(v == 0 for v in sizes['voxels'])} of {summary['n']}",
+    ]
+    if "raters" in summary:
+        raters = summary["raters"]
+        lines.append(f"against {raters['count']} raters: GED {raters['ged']:.3f}, HM-IoU {raters['hm_iou']:.3f}")
+    lines.append(f"written: {Path(output) / summary.get('report', SUMMARY)}")
+    return "\n".join(lines)
+
+
+def provenance(volume: Volume, sampled: SampledVolume, model_name: str, model_hash: str, device: str) -> dict[str, Any]:
+    """How masks came about: enough to draw them again."""
+    return {
+        "input": str(volume.path),
+        "input_sha256": volume.fingerprint(),
+        "model": model_name,
+        "model_sha256": model_hash,
+        "berdiff_fast": berdiff_fast.__version__,
+        "draw_contract": berdiff_fast.DRAW_CONTRACT,
+        "torch": torch.__version__,
+        "device": device,
+        **sampled.plan,
+        "notice": "Not a medical device.",
+    }

@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole scans: slice after slice through ``Sampler``, on the scan's own grid, and as many masks as it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from berdiff_fast import checks, rng
+from berdiff_fast.files import write_text
+from berdiff_fast.imaging.volumes import Volume
+from berdiff_fast.model import BerDiff
+from berdiff_fast.network.unet import UNet
+from berdiff_fast.sampler import Sampler, sample
+
+
+def sample_until(
+    model: Any,
+    img: torch.Tensor | np.ndarray,
+    tolerance: float = 0.05,
+    max_n: int = 256,
+    *,
+    batch: int = 16,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw masks until their mean is known well enough: the same masks that a larger n would have given.
+
+    The standard error of the mean map at a pixel is sqrt(p (1 - p) / n), with p = (marked + 1) / (n + 2), so that a
+    few masks that agree are not taken for certainty (Laplace's rule of succession).
+
+    Args:
+        model, img: as in ``sample``.
+        tolerance: the largest standard error, at any pixel of any image, to be content with.
+        max_n: masks per image at most.
+        batch: masks per image that are drawn before looking again.
+        **options: of ``sample``, but n and first_sample.
+
+    Returns:
+        bool (B, n, K, *spatial) and the standard error (B, K, *spatial).
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    if not 0 < float(tolerance) < 1:
+        raise ValueError(f"tolerance must be between 0 and 1, got {tolerance!r}")
+    max_n, batch = checks.integer("max_n", max_n, 1), checks.integer("batch", batch, 1)
+    for name in ("n", "first_sample", "return_probability"):
+        if name in options:
+            raise TypeError(f"{name} is not an option of sample_until, which chooses it")
+    if options.get("seed") is None:  # drawn once: the batches are parts of one sequence
+        options["seed"] = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+    parts: list[torch.Tensor] = []
+    n, marked = 0, torch.zeros(())
+    while True:
+        more = min(batch, max_n - n)
+        drawn = sample(model, img, more, first_sample=n, **options)
+        assert isinstance(drawn, torch.Tensor)
+        parts.append(drawn)
+        n, marked = n + more, marked.to(drawn.device) + drawn.sum(1)
+        p = (marked + 1) / (n + 2)
+        error = (p * (1 - p) / n).sqrt()
+        if n >= max_n or float(error.max()) <= tolerance:
+            return torch.cat(parts, 1), error
+
+
+# ---------------------------------------------------------------------- volumes
+
+
+@dataclass(frozen=True)
+class SampledVolume:
+    """n masks of a volume, on its grid.
+
+    Attributes:
+        volume: what they are of.
+        n: how many masks.
+        bits: uint8 (ceil(n / 8), S, H, W): mask k is bit k % 8 of the k // 8-th. It may lie in a file.
+        plan: what was done, JSON-able: options, seed, slices, tiles.
+    """
+
+    volume: Volume
+    n: int
+    bits: np.ndarray
+    plan: dict[str, Any]
+
+    def mask(self, k: int) -> np.ndarray:
+        """Mask k: bool (S, H, W)."""
+        if not 0 <= k < self.n:
+            raise IndexError(f"k must be from 0 to {self.n - 1}, got {k}")
+        return (self.bits[k // 8] >> (k % 8) & 1).astype(bool)
+
+    @property
+    def masks(self) -> np.ndarray:
+        """All of them: bool (n, S, H, W)."""
+        return np.stack([self.mask(k) for k in range(self.n)])
+
+    @property
+    def mean(self) -> np.ndarray:
+        """The share of masks that mark a voxel: float32 (S, H, W)."""
+        total = np.zeros(self.volume.array.shape, np.uint32)
+        for byte in self.bits:
+            total += np.bitwise_count(byte) if hasattr(np, "bitwise_count") else _POPCOUNT[byte]
+        return (total / self.n).astype(np.float32)
+
+
+_POPCOUNT = np.array([i.bit_count() for i in range(256)], np.uint8)
+
+
+def sample_volume(
+    model: BerDiff,
+    volume: Volume | np.ndarray,
+    n: int = 16,
+    steps: int | Sequence[int] = 10,
+    *,
+    seed: int = 0,
+    plane: str | int = "axial",
+    slices: tuple[int, int] | None = None,
+    center: tuple[float, float] | None = None,
+    roi: tuple[int, int, int, int] | None = None,
+    overlap: float = 0.25,
+    work: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> SampledVolume:
+    """n masks of each slice of a volume, which together are n masks of the volume.
+
+    Mask k uses the same random numbers in every slice. Slices that look alike therefore have masks that are alike, mask
+    k can be read as one body from slice to slice, and a slice by itself gets the masks that it has in the volume.
+
+    A slice is resampled to the model's ``pixel_spacing`` if it has one, and cut into tiles of the model's ``size`` if
+    it has one and the slice is larger. Each tile is scaled by ``model.preprocess`` on its own, as in training. Where
+    tiles overlap, a voxel belongs to the tile whose middle is nearest. Everything is undone on the way back.
+
+    Args:
+        model: a ``BerDiff`` of images with one channel, with its preprocessing.
+        volume: from ``imaging.volumes.read``, or an array (S, H, W) or (H, W).
+        n, steps: as in ``sample``.
+        seed: of the whole volume. With one tile a slice, they are the masks of ``sample(model, slice, seed=seed)``.
+        plane: which slices are sampled: "axial", "coronal" or "sagittal", or the axis of the array that they are
+            stacked along. The axes that are left are called row and column, and are not turned: as stored.
+        slices: (first, last + 1) along it; all by default.
+        center: (row, column) of what is to be marked: a single tile of the model's ``size`` around it.
+        roi: (row, row, column, column), from and up to: only there.
+        overlap: of tiles, as a share of their size.
+        work: a folder to keep what is done in, so that the same call goes on there after an interruption; the caller
+            removes it. By default everything is in memory.
+        progress: show a progress bar.
+        **options: of ``sample``: method, spacing, final, prepare, dtype, max_batch, backend, ...
+
+    Returns:
+        Masks on the grid of ``volume``; nothing is marked where nothing was sampled.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before any work.
+    """
+    if isinstance(volume, np.ndarray):
+        volume = Volume(volume[None] if volume.ndim == 2 else volume)
+    if not isinstance(model, BerDiff) or model.preprocessing is None:
+        raise TypeError("model must be a BerDiff that knows its preprocessing, as bf.load returns it")
+    if (model.img_channels or 1) != 1 or model.mask_channels != 1 or model.spatial_dims != 2:
+        raise ValueError("model must be for slices with one channel of image and mask")
+    seed = checks.integer("seed", seed)
+    sampler = Sampler(model, n, steps, **options)
+    axis = volume.axis(plane)
+    shape = tuple(np.delete(volume.array.shape, axis).tolist())
+    count = volume.array.shape[axis]
+    first, last = _range("slices", slices, count)
+    tiling = _Tiling.of(model, volume, axis, shape, center, roi, overlap)
+    seeds = rng.image_seeds(seed, len(tiling.tiles))
+    plan = {
+        "n": sampler.n,
+        "timesteps": sampler.timesteps,
+        "seed": seed,
+        "axis": axis,
+        "slices": [first, last],
+        "tiles": [list(tile) for tile in tiling.tiles],
+        "tile_pixels": list(tiling.size),
+        "resampled_to": list(tiling.shape),
+        "options": {k: str(v) for k, v in options.items() if k not in ("max_batch", "backend")},
+    }
+    store = _Store(work, plan, model, volume, (math.ceil(sampler.n / 8), *volume.array.shape))
+    device = next(model.parameters()).device
+    # Whole slices at a time, as many as fill a call of the network.
+    pixels = math.prod(tiling.size) * len(tiling.tiles) * sampler.n
+    together = max(1, (2**18 if device.type == "cpu" else 2**23) // pixels)
+    todo = [i for i in range(first, last) if i not in store.done]
+    with _bar(progress, last - first, last - first - len(todo)) as advance:
+        for start in range(0, len(todo), together):
+            chosen = todo[start : start + together]
+            tiles = torch.cat([tiling.cut(volume.array.take(i, axis)) for i in chosen])
+            img = model.preprocess(tiles[:, None]).to(device)
+            masks = sampler(img, seed=seeds.repeat(len(chosen)))
+            assert isinstance(masks, torch.Tensor)
+            for i, of_slice in zip(chosen, masks[:, :, 0].cpu().split(len(tiling.tiles)), strict=True):
+                bits = np.packbits(tiling.join(of_slice).numpy(), axis=0, bitorder="little")
+                store.put(i, axis, bits)
+            advance(len(chosen))
+    return SampledVolume(volume, sampler.n, store.bits, plan)
+
+
+def _range(name: str, given: tuple[int, int] | None, count: int) -> tuple[int, int]:
+    if given is None:
+        return 0, count
+    first, last = (checks.integer(name, x) for x in given)
+    if not 0 <= first < last <= count:
+        raise ValueError(f"{name} must be (first, last + 1) within 0 to {count}, got {given}")
+    return first, last
+
+
+@dataclass(frozen=True)
+class _Tiling:
+    """How slices are resampled and cut."""
+
+    original: tuple[int, int]  # of a slice
+    shape: tuple[int, int]  # resampled
+    size: tuple[int, int]  # of a tile
+    tiles: list[tuple[int, int]]  # first row and column of each, which may lie outside
+    inside: tuple[int, int, int, int]  # rows and columns that may be marked
+    factor: int  # that the network wants sizes to be multiples of
+
+    @classmethod
+    def of(
+        cls,
+        model: BerDiff,
+        volume: Volume,
+        axis: int,
+        original: tuple[int, ...],
+        center: tuple[float, float] | None,
+        roi: tuple[int, int, int, int] | None,
+        overlap: float,
+    ) -> _Tiling:
+        assert model.preprocessing is not None
+        if center is not None and roi is not None:
+            raise ValueError("roi and center exclude each other")
+        if not 0 <= float(overlap) < 1:
+            raise ValueError(f"overlap must be at least 0 and below 1, got {overlap}")
+        scale = [1.0, 1.0]
+        if model.preprocessing.pixel_spacing is not None:
+            if volume.spacing is None:
+                wanted_mm = model.preprocessing.pixel_spacing
+                raise ValueError(f"volume must say its spacing for this model, whose pixels are {wanted_mm} mm")
+            of_slice = np.delete(np.array(volume.spacing)[::-1], axis)
+            scale = [float(s / t) for s, t in zip(of_slice, model.preprocessing.pixel_spacing, strict=True)]
+        shape = tuple(max(1, round(size * s)) for size, s in zip(original, scale, strict=True))
+        factor = 1
+        if isinstance(model.network, UNet):
+            config: Any = model.network.config
+            factor = config["patch_size"] * 2 ** (len(config["channel_mult"]) - 1)
+        region = (0, original[0], 0, original[1])
+        if roi is not None:
+            if len(roi) != 4:
+                raise ValueError(f"roi must be four numbers: row, row, column, column, got {roi}")
+            region = (*_range("roi", roi[:2], original[0]), *_range("roi", roi[2:], original[1]))
+        starts = [region[0] * scale[0], region[2] * scale[1]]
+        ends = [region[1] * scale[0], region[3] * scale[1]]
+        lengths = [max(1, round(e - s)) for s, e in zip(starts, ends, strict=True)]
+        wanted = model.preprocessing.size or tuple(lengths)
+        size = tuple(-(-x // factor) * factor for x in wanted)
+        if center is not None:
+            if model.preprocessing.size is None:
+                raise ValueError("center needs a model that knows the size of its images; give roi instead")
+            if len(center) != 2 or not all(0 <= c < s for c, s in zip(center, original, strict=True)):
+                raise ValueError(f"center must be (row, column) within {original}, got {tuple(center)}")
+            tiles = [tuple(round(c * s - t / 2) for c, s, t in zip(center, scale, size, strict=True))]
+        else:
+            along = [_cover(round(s), x, t, overlap) for s, x, t in zip(starts, lengths, size, strict=True)]
+            tiles = [(r, c) for r in along[0] for c in along[1]]
+        inside = (round(starts[0]), round(ends[0]), round(starts[1]), round(ends[1]))
+        return cls(original, shape, size, tiles, inside, factor)  # type: ignore[arg-type]
+
+    def cut(self, array: np.ndarray) -> torch.Tensor:
+        """The tiles (tiles, h, w) of a slice, filled up with the lowest value where they reach beyond it."""
+        x = torch.from_numpy(np.ascontiguousarray(array).astype(np.float32))
+        if self.shape != self.original:
+            smaller = any(a < b for a, b in zip(self.shape, self.original, strict=True))
+            x = F.interpolate(x[None, None], self.shape, mode="bilinear", antialias=smaller)[0, 0]
+        found = []
+        for row, column in self.tiles:
+            tile = torch.full(self.size, float(x.min()))
+            (r, c, h, w) = self._within(row, column)
+            tile[r - row : r - row + h, c - column : c - column + w] = x[r : r + h, c : c + w]
+            found.append(tile)
+        return torch.stack(found)
+
+    def join(self, masks: torch.Tensor) -> torch.Tensor:
+        """Masks (n, H, W) of a slice from those of its tiles (tiles, n, h, w)."""
+        whole = torch.zeros(masks.shape[1], *self.shape, dtype=torch.bool)
+        for tile, (row, column), mine in zip(masks, self.tiles, self._owned(), strict=True):
+            r, c, h, w = self._within(row, column)
+            part = tile[:, r - row : r - row + h, c - column : c - column + w]
+            whole[:, r : r + h, c : c + w] |= part & mine[r : r + h, c : c + w]
+        if self.shape == self.original:
+            return whole
+        return F.interpolate(whole[None].float(), self.original, mode="nearest-exact")[0] > 0.5
+
+    def _within(self, row: int, column: int) -> tuple[int, int, int, int]:
+        """First row and column of the part of a tile that is in the slice, its height and width."""
+        r, c = max(row, 0), max(column, 0)
+        return (
+            r,
+            c,
+            max(0, min(row + self.size[0], self.shape[0]) - r),
+            max(0, min(column + self.size[1], self.shape[1]) - c),
+        )
+
+    def _owned(self) -> list[torch.Tensor]:
+        """For each tile, bool (H, W): the pixels whose nearest middle, in sizes of a tile, is its. It has them all."""
+        rows = torch.arange(self.shape[0])[:, None] + 0.5
+        columns = torch.arange(self.shape[1])[None] + 0.5
+        middles = [(row + self.size[0] / 2, column + self.size[1] / 2) for row, column in self.tiles]
+        nearest = torch.stack(
+            [torch.maximum((rows - r).abs() / self.size[0], (columns - c).abs() / self.size[1]) for r, c in middles]
+        ).argmin(0)
+        top, bottom, left, right = self.inside
+        allowed = torch.zeros(self.shape, dtype=torch.bool)
+        allowed[max(top, 0) : bottom, max(left, 0) : right] = True
+        return [(nearest == k) & allowed for k in range(len(self.tiles))]
+
+
+def _cover(start: int, length: int, tile: int, overlap: float) -> list[int]:
+    """Where tiles begin that cover [start, start + length), evenly spread; a larger one is put in the middle."""
+    if tile >= length:
+        return [start + (length - tile) // 2]
+    count = 1 + math.ceil((length - tile) / (tile * (1 - overlap)))
+    return [start + round(i * (length - tile) / (count - 1)) for i in range(count)]
+
+
+class _Store:
+    """Bits of the slices that are done, in memory or in a folder that survives an interruption."""
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None,
+        plan: dict[str, Any],
+        model: BerDiff,
+        volume: Volume,
+        shape: tuple[int, ...],
+    ) -> None:
+        self.done: set[int] = set()
+        self._log: Path | None = None
+        if folder is None:
+            self.bits: np.ndarray = np.zeros(shape, np.uint8)
+            return
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        identity = json.dumps(
+            {"plan": plan, "model": fingerprint(model), "volume": volume.fingerprint()}, sort_keys=True
+        )
+        bits, self._log, what = root / "bits.npy", root / "done", root / "plan.json"
+        if not (bits.is_file() and what.is_file() and what.read_text() == identity):
+            self._log.unlink(missing_ok=True)
+            what.unlink(missing_ok=True)
+            np.lib.format.open_memmap(bits, "w+", np.uint8, shape).flush()
+            write_text(what, identity)
+        elif self._log.is_file():
+            self.done = {int(line) for line in self._log.read_text().split("\n")[:-1]}
+        self.bits = np.lib.format.open_memmap(bits, "r+")
+
+    def put(self, index: int, axis: int, bits: np.ndarray) -> None:
+        where: list[Any] = [slice(None)] * 4
+        where[axis + 1] = index
+        self.bits[tuple(where)] = bits
+        if self._log is not None:
+            assert isinstance(self.bits, np.memmap)
+            self.bits.flush()
+            with self._log.open("a") as file:  # after the bits: what is listed is there
+                file.write(f"{index}\n")
+
+
+def fingerprint(model: BerDiff) -> str:
+    """SHA-256 of a model's description and weights."""
+    what = model.to_config() if isinstance(model.network, UNet) else repr(model)
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
+    for name, tensor in model.network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _bar(show: bool, total: int, done: int):
+    if not show:
+        yield lambda count: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, initial=done, desc="sampling", unit="slice") as bar:
+        advance: Callable[[int], Any] = bar.update
+        yield advance

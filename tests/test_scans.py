@@ -1,0 +1,528 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks of whole scans: what they may depend on, cutting and putting together, and the command ``sample``."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scans import bright, scan, small_model, write_series
+from support import threads
+
+import berdiff_fast as bf
+from berdiff_fast import cli, results, scans
+from berdiff_fast.imaging import volumes
+from berdiff_fast.imaging.volumes import Volume
+
+needs_imaging = pytest.mark.skipif(
+    any(__import__("importlib.util").util.find_spec(p) is None for p in ("SimpleITK", "highdicom")),
+    reason='SimpleITK or highdicom is not installed: pip install "berdiff_fast[imaging]"',
+)
+
+BOX = (slice(1, 4), slice(4, 9), slice(11, 18))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with threads(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return small_model(tmp_path_factory.mktemp("model") / "small.safetensors", size=(16, 16))
+
+
+@pytest.fixture(scope="module")
+def model(model_path):
+    return bf.load(model_path)
+
+
+def draw(model, volume, n=3, steps=4, **options):
+    return scans.sample_volume(model, volume, n, steps, **{"spacing": "trailing", **options})
+
+
+# ---------------------------------------------------------------------- where masks land
+
+
+@pytest.mark.parametrize("plane", [0, 1, 2])
+@pytest.mark.parametrize("size", [None, (8, 8), (16, 12), (64, 64)])
+def test_a_known_object_is_found_where_it_is(size, plane):
+    """Whole slices, tiles that overlap, and tiles larger than the slice; odd sizes; along each axis."""
+    volume = scan()
+    sampled = draw(bright(mode="window", window=(-500, -400), size=size), volume, plane=plane)
+    assert sampled.masks.shape == (3, *volume.array.shape)
+    assert all(np.array_equal(mask, volume.array > 0) for mask in sampled.masks)
+    assert np.array_equal(sampled.mean > 0.5, volume.array > 0)
+
+
+def test_resampling_is_undone():
+    """Pixels of 0.7 x 0.8 mm seen by a model of 0.35 x 0.4 and of 1.6 x 1.4 mm: the box, but for its edge."""
+    volume = scan("anisotropic")  # W 0.703125 mm, H 0.8 mm
+    fine = bright(mode="window", window=(-500, -400), pixel_spacing=(0.4, 0.3515625))
+    assert np.array_equal(draw(fine, volume).mean > 0.5, volume.array > 0)
+    coarse = draw(bright(mode="window", window=(-500, -400), pixel_spacing=(1.6, 1.40625)), volume).mean > 0.5
+    off = coarse != (volume.array > 0)
+    assert off.sum() > 0 and not off[:, 5:8, 13:16].any() and not off[:, :2].any() and not off[0].any()
+    with pytest.raises(ValueError, match="volume must say its spacing for this model"):
+        draw(fine, volume.array)
+
+
+def test_slices_center_and_roi():
+    model, volume = bright(mode="window", window=(-500, -400), size=(4, 6)), scan()
+    inside = volume.array > 0
+    some = draw(model, volume, slices=(2, 3)).mean
+    assert np.array_equal(some[2] > 0, inside[2]) and not some[[0, 1, 3, 4]].any()
+    sampled = draw(model, volume, center=(6.0, 14.0))
+    expected = np.zeros_like(inside)
+    expected[:, 4:8, 11:17] = inside[:, 4:8, 11:17]
+    assert np.array_equal(sampled.mean > 0, expected) and sampled.plan["tiles"] == [[4, 11]]
+    expected = np.zeros_like(inside)
+    expected[:, 5:16, 2:13] = inside[:, 5:16, 2:13]
+    assert np.array_equal(draw(model, volume, roi=(5, 16, 2, 13)).mean > 0, expected)
+    assert np.array_equal(
+        draw(bright(mode="window", window=(-500, -400)), volume, roi=(5, 16, 2, 13)).mean > 0, expected
+    )
+
+
+def test_tiles_cover_every_pixel_once():
+    for shape, size, overlap in (((17, 23), (8, 8), 0.25), ((64, 5), (16, 16), 0.0), ((31, 31), (30, 16), 0.9)):
+        tiling = scans._Tiling.of(bright(size=size), scan(), 0, shape, None, None, overlap)
+        assert torch.equal(torch.stack(tiling._owned()).sum(0), torch.ones(shape))
+        rows, columns = torch.meshgrid(*(torch.arange(s) for s in shape), indexing="ij")
+        pieces = tiling.cut((rows * 100 + columns).numpy())
+        assert torch.equal(tiling.join(pieces[:, None] % 3 == 1), (rows * 100 + columns)[None] % 3 == 1)
+
+
+# ---------------------------------------------------------------------- what masks depend on
+
+
+def test_the_masks_of_a_slice_are_those_of_the_slice_alone(model):
+    array = np.random.default_rng(3).integers(0, 255, (5, 16, 16), dtype=np.uint8)
+    whole = draw(model, array, seed=5).masks
+    assert 0.01 < whole.mean() < 0.99 and len(np.unique(whole.reshape(15, -1), axis=0)) == 15
+    for i in range(5):
+        alone = draw(model, array[i], seed=5).masks[:, 0]
+        assert np.array_equal(alone, whole[:, i])
+        plain = bf.sample(model, model.preprocess(array[i]), 3, 4, seed=5, spacing="trailing")[0, :, 0]
+        assert np.array_equal(plain.numpy(), alone)
+        assert np.array_equal(draw(model, array, seed=5, slices=(i, i + 1)).masks[:, i], alone)
+    assert not np.array_equal(draw(model, array, seed=6).masks, whole)
+    assert np.array_equal(draw(model, array, 5, seed=5).masks[:3], whole), "more masks begin with the same ones"
+    assert np.array_equal(draw(model, array, seed=5, max_batch=1).masks, whole)
+
+
+def test_more_than_eight_masks(model):
+    array = np.random.default_rng(3).integers(0, 255, (1, 16, 16), dtype=np.uint8)
+    sampled = draw(model, array, 19, seed=5)
+    expected = bf.sample(model, model.preprocess(array[0]), 19, 4, seed=5, spacing="trailing")[0, :, 0].numpy()
+    assert sampled.bits.shape == (3, 1, 16, 16) and np.array_equal(sampled.masks[:, 0], expected)
+    np.testing.assert_allclose(sampled.mean[0], expected.mean(0), atol=1e-7)
+    for k in (-1, 19):
+        with pytest.raises(IndexError):
+            sampled.mask(k)
+
+
+def watch(model, limit=10**6):
+    """Counts the calls of a model, and interrupts the one after ``limit``."""
+    calls = []
+
+    def hook(*_):
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        calls.append(1)
+
+    return calls, model.register_forward_pre_hook(hook)
+
+
+@pytest.mark.parametrize("limit", [0, 3, 4, 9, 17])
+def test_it_goes_on_where_it_stopped(tmp_path, limit):
+    """Four calls a slice; stopped in the first, between two, within others. Other arguments start anew."""
+    array = np.random.default_rng(3).integers(0, 255, (5, 64, 64), dtype=np.uint8)
+    model, options = bright(), dict(n=64, work=tmp_path / "work")  # a slice fills a call
+    expected = {seed: draw(model, array, n=64, seed=seed).masks for seed in (5, 6)}
+    _, handle = watch(model, limit)
+    with pytest.raises(KeyboardInterrupt):
+        draw(model, array, seed=5, **options)
+    handle.remove()
+    calls, handle = watch(model)
+    assert np.array_equal(draw(model, array, seed=5, **options).masks, expected[5])
+    assert len(calls) == 20 - 4 * (limit // 4)
+    assert (
+        np.array_equal(draw(model, array, seed=5, **options).masks, expected[5]) and len(calls) == 20 - limit // 4 * 4
+    )
+    calls.clear()
+    assert np.array_equal(draw(model, array, seed=6, **options).masks, expected[6]) and len(calls) == 20
+    calls.clear()
+    with torch.no_grad():
+        model.network.weight.mul_(-1)
+    assert not np.array_equal(draw(model, array, seed=6, **options).masks, expected[6]) and len(calls) == 20
+
+
+# ---------------------------------------------------------------------- until the mean is known
+
+
+def test_sample_until(model):
+    img = model.preprocess(np.random.default_rng(3).integers(0, 255, (2, 1, 16, 16), dtype=np.uint8))
+    options = dict(steps=4, seed=5, spacing="trailing")
+    masks, error = bf.sample_until(model, img, 0.2, batch=4, **options)
+    n = masks.shape[1]
+    assert n % 4 == 0 and 4 < n < 256 and float(error.max()) <= 0.2
+    assert torch.equal(masks, bf.sample(model, img, n, **options))
+    p = (masks.sum(1) + 1) / (n + 2)
+    torch.testing.assert_close(error, (p * (1 - p) / n).sqrt())
+    before = (masks[:, : n - 4].sum(1) + 1) / (n - 2)
+    assert float((before * (1 - before) / (n - 4)).sqrt().max()) > 0.2, "one batch fewer was not enough"
+    masks, error = bf.sample_until(model, img, 0.001, max_n=6, batch=4, **options)
+    assert masks.shape[1] == 6 and float(error.max()) > 0.001
+    torch.manual_seed(1)
+    first, _ = bf.sample_until(model, img, 0.01, max_n=6, batch=4, steps=4, spacing="trailing")
+    assert len(first.flatten(2).flatten(0, 1).unique(dim=0)) == 12, "batches repeat nothing without a seed either"
+    for wrong, message in (({"tolerance": 0}, "tolerance"), ({"max_n": 0}, "max_n"), ({"n": 4}, "n is not an option")):
+        with pytest.raises((ValueError, TypeError), match=message):
+            bf.sample_until(model, img, **wrong)
+
+
+def test_summarize():
+    masks = torch.zeros(2, 4, 1, 3, 5, dtype=torch.bool)
+    masks[0, :2, 0, 1, 1:4] = True
+    masks[0, 3, 0, 1, 1] = True
+    found = bf.summarize(masks, spacing=(2.0, 0.5))
+    assert found.mean[0, 0, 1].tolist() == [0, 0.75, 0.5, 0.5, 0] and not found.mean[1].any()
+    assert found.sizes[..., 0].tolist() == [[3, 3, 0, 1], [0, 0, 0, 0]] and found.unit == "mm2"
+    assert found.majority[0, 0, 1].tolist() == [False, True, False, False, False]
+    assert found.quantiles[0.5][0, 0, 1].tolist() == [False, True, True, True, False]
+    assert int(found.quantiles[0.95].sum()) == 0 and int(found.quantiles[0.05].sum()) == 3
+    h = -(0.75 * np.log2(0.75) + 0.25 * np.log2(0.25))
+    np.testing.assert_allclose(found.entropy[0, 0, 1], [0, h, 1, 1, 0], rtol=1e-6)
+    alone = bf.summarize(masks[0, :, 0].numpy())
+    assert torch.equal(alone.mean, found.mean[0, 0]) and alone.unit == "pixels" and alone.sizes.tolist() == [3, 3, 0, 1]
+    assert bf.summarize(torch.ones(3, 2, 2, 2, dtype=torch.bool), (1, 2, 3)).sizes.tolist() == [48.0] * 3
+    for wrong, message in (
+        ((masks.float(),), "masks must be bool"),
+        ((masks[0, 0],), "masks must be"),
+        ((masks, (1.0,)), "spacing must be 2 positive"),
+        ((masks, (1.0, -1.0)), "spacing must be 2 positive"),
+        ((masks, None, (0.0,)), "quantiles must be above 0"),
+    ):
+        if message == "masks must be":
+            wrong = (masks[0, 0, 0],)
+        with pytest.raises((ValueError, TypeError), match=message):
+            bf.summarize(*wrong)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def command(*arguments):
+    return cli.main(["sample", *map(str, arguments)])
+
+
+def options(model_path, output):
+    return ["--model", model_path, "--n", 3, "--steps", 4, "--spacing", "trailing", "--output", output, "--quiet"]
+
+
+@needs_imaging
+@pytest.mark.parametrize("kind", [".nii.gz", ".nrrd", ".mha", "dicom"])
+def test_the_command_on_scans(tmp_path, model_path, kind, capsys):
+    volume = scan("oblique")
+    path = tmp_path / f"scan{kind}"
+    if kind == "dicom":
+        write_series(path, volume)
+    else:
+        volumes.write(path, volume.array, volume)
+    assert command(path, *options(model_path, tmp_path / "out"), "--seed", 4, "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
+    expected = draw(bf.load(model_path), volumes.read(path), seed=4)
+    for k, name in enumerate(summary["masks"]):
+        mask = volumes.read(tmp_path / "out" / name)
+        assert np.array_equal(mask.array != 0, expected.mask(k))
+        np.testing.assert_allclose(mask.origin, volume.origin, atol=2e-5)
+        np.testing.assert_allclose(mask.direction, volume.direction, atol=1e-6)
+    np.testing.assert_allclose(volumes.read(tmp_path / "out" / summary["mean"]).array, expected.mean)
+    sizes = [int(expected.mask(k).sum()) for k in range(3)]
+    assert summary["sizes"]["voxels"] == sizes and summary["seed"] == 4 and summary["draw_contract"] == 1
+    np.testing.assert_allclose(summary["sizes"]["mL"], np.array(sizes) * 0.9 * 0.6 * 3 / 1000)
+    assert set(os.listdir(tmp_path / "out")) == {
+        *summary["masks"],
+        summary["mean"],
+        summary["entropy"],
+        "summary.json",
+        *summary["segmentations"],
+    }
+    assert summary["segmentations"] == (["masks.dcm", "mean.dcm"] if kind == "dicom" else [])
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").glob("m*[!m]")}
+    assert command(path, *options(model_path, tmp_path / "out"), "--seed", 4) == 1
+    assert "holds results already" in capsys.readouterr().err
+    assert command(path, *options(model_path, tmp_path / "out"), "--seed", 4, "--overwrite") == 0
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").glob("m*[!m]")}, "byte for byte"
+
+
+@pytest.mark.parametrize("kind", [".png", ".npy", ".h5"])
+def test_the_command_on_pictures_and_arrays(tmp_path, model_path, kind):
+    """Without SimpleITK."""
+    array = np.random.default_rng(3).integers(0, 255, (1 if kind == ".png" else 2, 16, 16), dtype=np.uint8)
+    path = tmp_path / f"in{kind}"
+    if kind == ".h5":
+        with h5py.File(path, "w") as file:
+            file["image"] = array
+    else:
+        volumes.write(path, array, Volume(array))
+    assert command(path, *options(model_path, tmp_path / "out")) == 0
+    expected = draw(bf.load(model_path), array).masks
+    for k in range(3):
+        file = next((tmp_path / "out").glob(f"mask_{k:03d}.*"))
+        assert np.array_equal(volumes.read(file).array != 0, expected[k])
+
+
+@needs_imaging
+def test_raters(tmp_path, model_path, capsys):
+    volume = scan()
+    volumes.write(tmp_path / "scan.nii.gz", volume.array, volume)
+    for k in range(2):
+        volumes.write(tmp_path / f"rater{k}.nii.gz", np.roll(volume.array > 0, k, 2), volume)
+    arguments = [tmp_path / "scan.nii.gz", *options(model_path, tmp_path / "out"), "--json"]
+    raters = ["--raters", tmp_path / "rater0.nii.gz", tmp_path / "rater1.nii.gz"]
+    assert command(*arguments, *raters) == 0
+    found = json.loads(capsys.readouterr().out)["raters"]
+    theirs = torch.stack([torch.from_numpy(np.roll(volume.array > 0, k, 2)) for k in range(2)])[None, :, None]
+    ours = torch.from_numpy(draw(bf.load(model_path), volume).masks)[None, :, None]
+    assert found["ged"] == pytest.approx(float(bf.metrics.generalized_energy_distance(theirs, ours)))
+    assert found["hm_iou"] == pytest.approx(float(bf.metrics.hm_iou(theirs, ours)))
+
+
+def test_interrupted_command(tmp_path, model_path, monkeypatch, capsys):
+    """What is done stays, and is taken up; nothing else is there."""
+    array = np.random.default_rng(3).integers(0, 255, (3, 16, 16), dtype=np.uint8)
+    np.save(tmp_path / "in.npy", array)
+    real, calls = scans._Store.put, []
+
+    def put(self, *arguments):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(1)
+        real(self, *arguments)
+
+    monkeypatch.setattr(scans._Store, "put", put)
+    assert command(tmp_path / "in.npy", *options(model_path, tmp_path / "out")) == 130
+    assert os.listdir(tmp_path / "out") == [results.WORK]
+    monkeypatch.setattr(scans._Store, "put", real)
+    assert command(tmp_path / "in.npy", *options(model_path, tmp_path / "out")) == 0
+    assert results.WORK not in os.listdir(tmp_path / "out")
+    expected = draw(bf.load(model_path), array).masks
+    assert np.array_equal(np.load(tmp_path / "out" / "mask_002.npy"), expected[2])
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def nifti(folder, array=None, **changes):
+    volume = scan()
+    if array is not None:
+        volume = Volume(array, **{k: getattr(volume, k) for k in ("spacing", "origin", "direction")})
+    path = folder / "scan.nii"
+    volumes.write(path, volume.array, volume)
+    data = bytearray(path.read_bytes())
+    for offset, (form, value) in changes.get("header", {}).items():
+        struct.pack_into(form, data, offset, value)
+    data = data[: changes.get("length", len(data))]
+    path.write_bytes(bytes(data))
+    return path
+
+
+def truncated(folder, ending):
+    volume = scan()
+    path = folder / f"scan{ending}"
+    volumes.write(path, volume.array, volume)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    return path
+
+
+def itk(folder, array, ending=".nii.gz", vector=False):
+    import SimpleITK as sitk
+
+    path = folder / f"scan{ending}"
+    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=vector), str(path))
+    return path
+
+
+def series(folder, *scans_, **changes):
+    for number, volume in enumerate(scans_ or (scan(),)):
+        write_series(folder / "ct", volume, uid=f"series-{number}" if number else None, **changes)
+    return folder / "ct"
+
+
+def saved(folder, name, content):
+    path = folder / name
+    if isinstance(content, np.ndarray):
+        np.save(path, content)
+    else:
+        path.write_bytes(content)
+    return path
+
+
+def empty_folder(folder):
+    (folder / "nothing").mkdir()
+    return folder / "nothing"
+
+
+def hdf5(folder, **datasets):
+    with h5py.File(folder / "in.h5", "w") as file:
+        for name, data in datasets.items():
+            file[name] = data
+    return folder / "in.h5"
+
+
+def picture(folder, mode):
+    Image.new(mode, (16, 16), (10, 200, 30)[: len(mode)] if len(mode) > 1 else 3).save(folder / "in.png")
+    return folder / "in.png"
+
+
+def with_nan():
+    array = scan().array.astype(np.float32)
+    array[2, 3, 4] = np.nan
+    return array
+
+
+def position(k):
+    return ["0", "0", str((0, 2.5, 5.0, 9.0, 11.5)[k])]
+
+
+def slanted(k):
+    return ["1", "0", "0", "0", "1", "0"] if k else ["1", "0", "0", "0", "0.9848", "0.1736"]
+
+
+BAD_FILES = {
+    # what it is: (how it is made, what is said)
+    "missing": (lambda d: d / "no.nii", "there is no such file or folder"),
+    "an ending that nobody knows": (lambda d: saved(d, "a.xyz", b"1"), "must be a DICOM folder or a file that ends in"),
+    "an empty folder": (empty_folder, "holds no DICOM series"),
+    "nifti, cut short": (lambda d: truncated(d, ".nii"), "is cut short: it has"),
+    "nifti.gz, cut short": (lambda d: truncated(d, ".nii.gz"), "cannot be read: Compressed file ended"),
+    "nifti, its header alone": (lambda d: nifti(d, length=300), "is cut short: it has 300 of"),
+    "nifti of text": (lambda d: saved(d, "a.nii", b"hello" * 200), "is not a NIfTI file"),
+    "nifti.gz of text": (lambda d: saved(d, "a.nii.gz", b"hello" * 200), "cannot be read: Not a gzipped file"),
+    "an empty nifti": (lambda d: saved(d, "a.nii", b""), "is not a NIfTI file"),
+    "nrrd, cut short": (lambda d: truncated(d, ".nrrd"), "cannot be read"),
+    "nrrd of text": (lambda d: saved(d, "a.nrrd", b"hello"), "cannot be read"),
+    "mha, cut short": (lambda d: truncated(d, ".mha"), "cannot be read"),
+    "mhd without its data": (lambda d: saved(d, "a.mhd", b"ObjectType = Image\nNDims = 3\n"), "cannot be read"),
+    "4-D": (lambda d: itk(d, np.zeros((2, 3, 8, 8), np.int16)), "must be one volume of 3 dimensions, got 4"),
+    "colour": (lambda d: itk(d, np.zeros((3, 8, 8, 3), np.uint8), vector=True), "one number for each voxel, got 3"),
+    "complex": (lambda d: itk(d, np.zeros((3, 8, 8), np.complex64), ".nii"), "one number for each voxel, got 2"),
+    "NaN": (lambda d: nifti(d, with_nan()), "must be finite, got 1 voxels"),
+    "infinite": (lambda d: nifti(d, np.where(np.isnan(with_nan()), np.inf, 0)), "must be finite, got 1 voxels"),
+    "dicom of text": (lambda d: saved(d, "a.dcm", b"hello" * 50), "cannot be read"),
+    "dicom, cut short": (
+        lambda d: saved(d, "a.dcm", next(series(d).iterdir()).read_bytes()[:1200]),
+        "cannot be read",
+    ),
+    "mixed series": (lambda d: series(d, scan(), scan("plain")), "holds 2 series; choose one with series: "),
+    "a missing slice": (lambda d: series(d, drop=2), "misses slices, or is not evenly spaced: 5.000 mm between"),
+    "uneven slices": (
+        lambda d: series(d, ImagePositionPatient=position),
+        "misses slices, or is not evenly spaced: 4.000",
+    ),
+    "slices at one place": (
+        lambda d: series(d, ImagePositionPatient=["0", "0", "0"]),
+        "has two slices at one position",
+    ),
+    "slices of several sizes": (lambda d: series(d, Rows=lambda k: 17 - (k == 2)), "has slices of different sizes"),
+    "slices that are not parallel": (lambda d: series(d, ImageOrientationPatient=slanted), "not parallel"),
+    "a picture in colour": (lambda d: picture(d, "RGB"), "must be one grey picture|channels|colour"),
+    "a picture of text": (lambda d: saved(d, "a.png", b"hello"), "cannot be read: not a PNG, JPEG or TIFF"),
+    "npy of text": (lambda d: saved(d, "a.npy", b"hello"), "a.npy: "),
+    "npy of objects": (lambda d: saved(d, "a.npy", np.array([[None]])), "a.npy: "),
+    "npy of strings": (lambda d: saved(d, "a.npy", np.array([["x"]])), "must hold real numbers"),
+    "npy of one dimension": (lambda d: saved(d, "a.npy", np.zeros(5)), "must be one volume of 3 dimensions"),
+    "npy of four": (lambda d: saved(d, "a.npy", np.zeros((1, 2, 3, 4))), "must be one volume of 3 dimensions"),
+    "an empty npy": (lambda d: saved(d, "a.npy", np.zeros((0, 4, 4))), "must not be empty"),
+    "hdf5 of text": (lambda d: saved(d, "a.h5", b"hello"), "cannot be read"),
+    "hdf5 without images": (lambda d: hdf5(d, other=np.zeros(3)), "must have a dataset 'image', got ['other']"),
+}
+
+BAD_ARGUMENTS = {
+    "n": (["--n", "0"], "n must be at least 1, got 0"),
+    "steps": (["--steps", "5000"], "steps"),
+    "slices": (["--slices", "3", "9"], "slices must be (first, last + 1) within 0 to 5, got (3, 9)"),
+    "slices the wrong way": (["--slices", "3", "2"], "slices must be (first, last + 1)"),
+    "roi": (["--roi", "0", "40", "0", "5"], "roi must be (first, last + 1) within 0 to 17"),
+    "center": (["--center", "99", "3"], "center must be (row, column) within (17, 23), got (99.0, 3.0)"),
+    "overlap": (["--overlap", "1"], "overlap must be at least 0 and below 1, got 1.0"),
+    "max-batch": (["--max-batch", "0"], "max_batch must be at least 1, got 0"),
+    "model": (["--model", "no-such-model"], "no file or directory 'no-such-model'"),
+    "raters": (["--raters", "missing.nii"], "missing.nii: there is no such file"),
+    "output in a file": (["--output", "scan.npy"], "output must be a folder"),
+    "output that cannot be made": (["--output", "/proc/out"], "/proc/out"),
+}
+
+
+def one_line(capfd, status):
+    err = capfd.readouterr().err
+    assert status == 1 and err.startswith("berdiff-fast sample: ") and err.count("\n") == 1, err
+    return err
+
+
+@needs_imaging
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_bad_files(tmp_path, model_path, what, capfd):
+    make, message = BAD_FILES[what]
+    path = make(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    err = one_line(capfd, command(path, *options(model_path, tmp_path / "deep" / "out")))
+    assert str(path) in err and any(words in err for words in message.split("|")), err
+    assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+
+
+@pytest.mark.parametrize("what", BAD_ARGUMENTS)
+def test_bad_arguments(tmp_path, model_path, what, capfd, monkeypatch):
+    arguments, message = BAD_ARGUMENTS[what]
+    monkeypatch.chdir(tmp_path)
+    np.save("scan.npy", scan().array)
+    err = one_line(capfd, command("scan.npy", *options(model_path, "out"), *arguments))
+    assert message in err, err
+    assert os.listdir() == ["scan.npy"], "something was left behind"
+
+
+@needs_imaging
+def test_raters_of_another_grid(tmp_path, model_path, capfd):
+    volume, other = scan("anisotropic"), scan("flipped")
+    volumes.write(tmp_path / "scan.nii", volume.array, volume)
+    volumes.write(tmp_path / "small.nii", volume.array[:2], Volume(volume.array[:2]))
+    volumes.write(tmp_path / "elsewhere.nii", other.array > 0, other)
+    for name, message in (
+        ("small.nii", "has the shape (2, 17, 23), and the scan (5, 17, 23)"),
+        ("elsewhere.nii", "lies elsewhere than the scan"),
+        ("scan.nii", "must hold a mask, of 0 and one other value"),
+    ):
+        arguments = [tmp_path / "scan.nii", *options(model_path, tmp_path / "out"), "--raters", tmp_path / name]
+        assert message in one_line(capfd, command(*arguments))
+
+
+def test_no_space(tmp_path, model_path, capfd, monkeypatch):
+    """Full when masks are written: told in a line; the slices that are done are kept, and then it works."""
+    np.save(tmp_path / "in.npy", np.zeros((2, 16, 16), np.uint8))
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "mask_000.npy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(volumes.np, "save", full)
+        err = one_line(capfd, command(tmp_path / "in.npy", *options(model_path, tmp_path / "out")))
+    assert "No space left on device" in err and os.listdir(tmp_path / "out") == [results.WORK]
+    assert command(tmp_path / "in.npy", *options(model_path, tmp_path / "out")) == 0
+    assert results.WORK not in os.listdir(tmp_path / "out")
+
+
+def test_without_simpleitk(tmp_path, model_path, capfd, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "SimpleITK", None)
+    saved(tmp_path, "a.nii", b"1" * 600)
+    err = one_line(capfd, command(tmp_path / "a.nii", *options(model_path, tmp_path / "out")))
+    assert 'pip install "berdiff_fast[imaging]"' in err
