@@ -140,6 +140,18 @@ def whole(output: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write one file at, which becomes ``path`` if all goes well and vanishes if not."""
+    path = path.resolve()  # the file behind a link is replaced, not the link
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        new = Path(folder) / path.name
+        yield new
+        _sync(new)
+        os.replace(new, path)
+    _sync(path.parent)
+
+
 class _Disk(io.FileIO):
     """A file whose writing never fails as HDF5 sees it; the first error is kept for those who ask.
 
