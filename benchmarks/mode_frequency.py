@@ -74,11 +74,18 @@ def main() -> None:
         "samplers": [],
     }
     img = model.preprocess(cases.images)
+    if args.output.is_file():  # measured before an interruption
+        results["samplers"] = json.loads(args.output.read_text())["samplers"]
+    measured = {(row["method"], row["steps"], row["spacing"]) for row in results["samplers"]}
     for method, steps, spacing in (
         ("ddim", 10, "trailing-quadratic"),
         ("ddim", 10, "uniform"),
         ("ddim", 50, "trailing-quadratic"),
+        ("d3pm", 10, "trailing-quadratic"),
+        ("d3pm", 50, "trailing"),
     ):
+        if (method, steps, spacing) in measured:
+            continue
         found, geds, exact = [], [], []
         for i in range(args.phantoms):
             masks = bf.sample(

@@ -14,10 +14,24 @@ from berdiff_fast.backends.select import BACKENDS
 from berdiff_fast.files import write_text
 from berdiff_fast.schedule import METHODS, SPACINGS
 
+_EPILOG = """\
+examples:
+  berdiff-fast demo
+  berdiff-fast sample ct.nii.gz --center 214 130 --slices 80 96 --output masks
+  berdiff-fast COMMAND --help                          more of each
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="berdiff-fast", description="Bernoulli diffusion for segmentation, fast.")
+exit status: 0 done; 1 an error, in one line on stderr (--debug shows where); 2 wrong usage; 130 interrupted by Ctrl-C
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="berdiff-fast",
+        description="Bernoulli diffusion for segmentation, fast.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"berdiff-fast {__version__}")
     parser.add_argument("--debug", action="store_true", help="show a traceback on errors")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -34,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--steps", type=int, default=10, help="sampling steps (default: %(default)s)")
     command.add_argument("--seed", type=int, default=7, help="seed of the masks (default: %(default)s)")
     command.add_argument("--backend", default="auto", choices=["auto", *sorted(BACKENDS)])
+    command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_demo)
 
     command = commands.add_parser("info", help="versions, backends, and why each missing one is missing")
@@ -46,7 +61,19 @@ def main(arguments: list[str] | None = None) -> int:
     _add_evaluate(commands)
     _add_bench(commands)
 
-    options = parser.parse_args(arguments)
+    command = commands.add_parser(
+        "completion",
+        help="print what makes a shell complete this command",
+        epilog='example: eval "$(berdiff-fast completion bash)"',
+    )
+    command.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    command.set_defaults(run=_completion)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    options = build_parser().parse_args(arguments)
     try:
         return options.run(options)
     except KeyboardInterrupt:
@@ -301,6 +328,15 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _completion(options: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError:
+        raise ImportError('shtab is needed for this, and missing: pip install "berdiff_fast[completion]"') from None
+    print(shtab.complete(build_parser(), options.shell))
+    return 0
+
+
 def _demo(options: argparse.Namespace) -> int:
     result = demo.run(
         options.output,
@@ -311,6 +347,10 @@ def _demo(options: argparse.Namespace) -> int:
         seed=options.seed,
         backend=options.backend,
     )
+    if options.json:
+        numbers = ("seconds", "network_seconds", "step_seconds", "backend", "ged", "majority_ged")
+        print(json.dumps({**{name: getattr(result, name) for name in numbers}, "picture": str(result.picture)}))
+        return 0
     drawn, size = options.slices * options.n, " x ".join(map(str, result.masks.shape[-2:]))
     print(f"{drawn} masks ({options.n} for each of {options.slices} slices of {size}) in {options.steps} steps")
     print(f"  whole call    {result.seconds:8.2f} s")
