@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from berdiff_fast import data, imaging, metrics, ops, rng
 from berdiff_fast.backends.select import BackendUnavailableError
+from berdiff_fast.imaging import figures
 from berdiff_fast.imaging.summary import summarize
 from berdiff_fast.model import BerDiff, Preprocessing, bundled_models, load, load_official
 from berdiff_fast.network.unet import UNet
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "bundled_models",
     "data",
+    "figures",
     "image_seeds",
     "imaging",
     "load",

@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from berdiff_fast import checks, metrics
+from berdiff_fast.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
 # Okabe and Ito's orange and sky blue: told apart with every common colour vision deficiency.
@@ -163,12 +168,255 @@ def contact_sheet(
             y = grid(y, images[b], rated[b, :rated_shown], "Rater", _RATER)
         grid(y, images[b], drawn[b, :shown], "Sample", _SAMPLE)
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(partial, format="png")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    _write(figure, path, "png")
+
+
+def overlay(
+    image: Tensor | ArrayLike,
+    masks: Tensor | ArrayLike,
+    *,
+    raters: Tensor | ArrayLike | None = None,
+    title: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draw one slice under the mean of its masks, their contours, and the raters'.
+
+    The mean is a colour where it is not 0. Contours of the samples are thin, that of their majority is white and bold,
+    those of the raters are dashed.
+
+    Args:
+        image: (H, W) real numbers, shown from minimum (black) to maximum.
+        masks: (n, H, W), bool or 0 and 1.
+        raters: (R, H, W) masks, or None.
+        title: the heading.
+        path: write it there too, as PNG, PDF, SVG, ...: whatever its suffix says to matplotlib.
+
+    Returns:
+        The figure, which belongs to no window: ``savefig`` writes it, too.
+
+    Raises:
+        FileNotFoundError: the folder of ``path`` does not exist.
+        ImportError: matplotlib is not installed.
+        ValueError: shapes do not fit, the image is not finite, or a mask is not binary.
+    """
+    images = _images(image)
+    if torch.as_tensor(image).ndim != 2:
+        raise ValueError(f"image must be (H, W), got {tuple(torch.as_tensor(image).shape)}")
+    drawn = _masks("masks", masks, images, single=True)[0]
+    rated = None if raters is None else _masks("raters", raters, images, single=True)[0]
+    target = _target(path)
+    height, width = images.shape[1:]
+    figure = _figure(5.6, 5.0 * height / width + _CAPTION * bool(title))
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    if title:
+        axes.set_title(title, fontsize=11, color=_INK, loc="left")
+    _slice(axes, images[0])
+    mean = drawn.float().mean(0)
+    shades = axes.imshow(
+        mean.numpy(), cmap="viridis", vmin=0, vmax=1, alpha=0.6 * (mean > 0).float().numpy(), interpolation="nearest"
+    )
+    for mask in drawn:
+        _contour(axes, mask.float(), _SAMPLE, 0.5)
+    _contour(axes, mean, "white", 1.8)
+    for mask in () if rated is None else rated:
+        _contour(axes, mask.float(), _RATER, 1.2, "dashed")
+    bar = figure.colorbar(shades, ax=axes, fraction=0.045 * height / width, pad=0.02, ticks=(0, 0.25, 0.5, 0.75, 1))
+    bar.set_label(f"Mean of {len(drawn)} sample{'s' * (len(drawn) > 1)}", fontsize=8, color=_INK)
+    _quiet(bar.ax)
+    bar.outline.set_visible(False)
+    return _done(figure, target)
+
+
+class StepRecorder(nn.Module):
+    """A model that remembers what it was asked to denoise; ``sample`` takes it in the model's place.
+
+    >>> recorder = StepRecorder(model)
+    >>> mask = bf.sample(recorder, img, n=1, seed=7)[0, 0, 0]
+    >>> labels = [f"t = {t}" for t in recorder.timesteps]
+    >>> denoising_strip([*(y[0, 0] for y in recorder.states), mask], labels=[*labels, "mask"])
+
+    Args:
+        model: a ``BerDiff``, or any callable ``model(y_t, t, img) -> logits``. It is run as it is, not prepared.
+
+    Attributes:
+        timesteps: of each call, in order, as ints.
+        states: y_t of each call, (N, K, H, W) of 0 and 1 on the CPU. With more masks than fit into one call of the
+            network, there are several calls for a timestep.
+    """
+
+    def __init__(self, model: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        if not callable(model):
+            raise TypeError(f"model must be callable as model(y_t, t, img), got {type(model).__name__}")
+        self.model = model
+        self.timesteps: list[int] = []
+        self.states: list[Tensor] = []
+        # What ``sample`` would ask the model.
+        for name in ("schedule", "prediction", "spacing", "mask_channels", "img_channels", "spatial_dims"):
+            if hasattr(model, name):
+                setattr(self, name, getattr(model, name))
+
+    def forward(self, y: Tensor, t: Tensor, img: Tensor) -> Tensor:
+        self.timesteps.append(int(t[0]))
+        self.states.append(y.detach().to("cpu", torch.float32, copy=True))
+        return self.model(y, t, img)
+
+
+def denoising_strip(
+    steps: Sequence[Tensor | ArrayLike],
+    *,
+    image: Tensor | ArrayLike | None = None,
+    labels: Sequence[str] | None = None,
+    title: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draw how one mask comes out of noise: a picture per step, eight in a row (``StepRecorder`` records them).
+
+    Args:
+        steps: (H, W) arrays in the order of sampling, of 0 and 1, or of probabilities.
+        image: the slice, (H, W), drawn before them.
+        labels: one for each step; by default their numbers.
+        title, path: as in ``overlay``.
+
+    Returns:
+        The figure.
+
+    Raises:
+        FileNotFoundError: the folder of ``path`` does not exist.
+        ImportError: matplotlib is not installed.
+        ValueError: no steps, shapes that differ, values outside [0, 1], or labels that do not fit.
+    """
+    pictures = [torch.as_tensor(step).detach().cpu().float() for step in steps]
+    if not pictures or any(p.ndim != 2 or p.shape != pictures[0].shape or 0 in p.shape for p in pictures):
+        raise ValueError(f"steps must be one or more (H, W) of one size, got {[tuple(p.shape) for p in pictures]}")
+    if not all(bool(((p >= 0) & (p <= 1)).all()) for p in pictures):
+        raise ValueError("steps must hold values in [0, 1], got NaN or values outside")
+    if labels is None:
+        labels = [f"Step {k + 1}" for k in range(len(pictures))]
+    elif isinstance(labels, str) or len(labels) != len(pictures):
+        raise ValueError(f"labels must be a sequence of {len(pictures)} strings, one for each step, got {labels!r}")
+    captions = list(labels)
+    if image is not None:
+        slices = _images(image)
+        if slices.shape != (1, *pictures[0].shape):
+            raise ValueError(f"image must be {tuple(pictures[0].shape)} like steps, got {tuple(slices.shape[1:])}")
+        pictures.insert(0, slices[0])
+        captions.insert(0, "Slice")
+    target = _target(path)
+    rows, columns = -(-len(pictures) // _COLUMNS), min(len(pictures), _COLUMNS)
+    height, width = pictures[0].shape
+    side = _SMALL + _GAP
+    figure = _figure(columns * side, rows * (_SMALL * height / width + _CAPTION) + 0.3 * bool(title))
+    if title:
+        figure.suptitle(title, fontsize=11, color=_INK, x=0.01, ha="left")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+    for k, (axes, picture, caption) in enumerate(zip(grid, pictures, captions, strict=False)):
+        axes.set_title(caption, fontsize=8, color=_INK, pad=3, loc="left")
+        limits: dict[str, Any] = {} if image is not None and k == 0 else {"vmin": 0, "vmax": 1}
+        axes.imshow(picture.numpy(), cmap="gray", interpolation="nearest", **limits)
+    return _done(figure, target)
+
+
+def reliability_diagram(
+    probability: Tensor | ArrayLike,
+    raters: Tensor | ArrayLike,
+    bins: int = 10,
+    *,
+    title: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draw the share of raters who mark a pixel against the probability given to it, and how many pixels there are.
+
+    Pixels are sorted by probability p into bins (k - 1)/bins < p <= k/bins, 0 into the first, as for the expected
+    calibration error (docs/metrics.md), which the figure names. On the diagonal, probabilities are right.
+
+    Args:
+        probability: any shape, in [0, 1]: the mean of samples.
+        raters: (R, *shape) masks, bool or 0 and 1.
+        bins: how many, at least 1.
+        title, path: as in ``overlay``.
+
+    Returns:
+        The figure: above, the diagram; below, the pixels in each bin on a logarithmic scale.
+
+    Raises:
+        FileNotFoundError: the folder of ``path`` does not exist.
+        ImportError: matplotlib is not installed.
+        TypeError: ``bins`` is not an int.
+        ValueError: shapes do not fit, or values are no probabilities or masks.
+    """
+    checks.integer("bins", bins, 1)
+    p, rated = torch.as_tensor(probability).detach().cpu(), torch.as_tensor(raters).detach().cpu()
+    p = p if p.is_floating_point() else p.double()
+    if not p.numel() or not bool(((p >= 0) & (p <= 1)).all()):
+        raise ValueError("probability must hold probabilities in [0, 1], got none, NaN or values outside")
+    if rated.ndim != p.ndim + 1 or rated.shape[1:] != p.shape or len(rated) < 1:
+        raise ValueError(f"raters must be (1 or more, *{tuple(p.shape)}) to fit probability, got {tuple(rated.shape)}")
+    if not bool(((rated == 0) | (rated == 1)).all()):
+        raise ValueError("raters must be masks, bool or 0 and 1, got other values")
+    target = _target(path)
+
+    # Edges in the type of p: k / bins, rounded, is what a mean of samples at that edge is, too.
+    edges = torch.arange(1, bins).to(p) / bins
+    of_bin = torch.bucketize(p.flatten(), edges)
+    weights = torch.stack([torch.ones(p.numel()), p.flatten(), rated.double().mean(0).flatten()], 1).double()
+    table = torch.zeros(bins, 3, dtype=torch.float64).index_add_(0, of_bin, weights)
+    error = float(metrics.calibration_error(table[None]))
+    some = table[:, 0] > 0
+    given, share = (table[some, column] / table[some, 0] for column in (1, 2))
+
+    figure = _figure(4.6, 5.4)
+    above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (4, 1)})
+    above.plot((0, 1), (0, 1), color=_INK, linewidth=0.8, linestyle="dotted")
+    above.plot(given.numpy(), share.numpy(), color=_SAMPLE, linewidth=1.5, marker="o", markersize=4)
+    above.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
+    above.set_ylabel("Share of raters", fontsize=8, color=_INK)
+    above.text(0.03, 0.94, f"Calibration error {error:.4f}", fontsize=8, color=_INK)
+    centres = (torch.arange(bins) + 0.5) / bins
+    below.bar(centres.numpy(), table[:, 0].numpy(), 0.9 / bins, color=_SAMPLE)
+    below.set(yscale="log", box_aspect=1 / 4)
+    below.set_ylim(bottom=0.5)  # so that a single pixel has a bar
+    below.set_ylabel("Pixels", fontsize=8, color=_INK)
+    below.set_xlabel("Probability", fontsize=8, color=_INK)
+    for axes in (above, below):
+        _quiet(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+    if title:
+        above.set_title(title, fontsize=11, color=_INK, loc="left")
+    return _done(figure, target)
+
+
+def _target(path: str | os.PathLike[str] | None) -> Path | None:
+    """Where to write; also says what is missing, before any work."""
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"path must lie in an existing folder, got {path}")
+    require_matplotlib()
+    return None if path is None else Path(path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=150, facecolor="white", layout="constrained")
+
+
+def _done(figure: Figure, target: Path | None) -> Figure:
+    if target is not None:
+        _write(figure, target, target.suffix[1:] or "png")
+    return figure
+
+
+def _write(figure: Figure, path: Path, form: str) -> None:
+    file = io.BytesIO()
+    figure.savefig(file, format=form)
+    write_bytes(path, file.getvalue())
+
+
+def _quiet(axes: Axes) -> None:
+    axes.tick_params(labelsize=7, length=2, colors=_INK)
 
 
 def _images(image: Tensor | ArrayLike) -> Tensor:
@@ -211,7 +459,7 @@ def _outline(axes: Axes, mask: Tensor, color: str) -> None:
     _contour(axes, mask.float(), color, 1.3)
 
 
-def _contour(axes: Axes, values: Tensor, color: str, width: float) -> None:
+def _contour(axes: Axes, values: Tensor, color: str, width: float, style: str = "solid") -> None:
     # A map that never crosses 1/2 has no contour, and one of a single row or column cannot have any.
     if min(values.shape) > 1 and bool((values > 0.5).any()) and bool((values <= 0.5).any()):
-        axes.contour(values.numpy(), levels=[0.5], colors=color, linewidths=width)
+        axes.contour(values.numpy(), levels=[0.5], colors=color, linewidths=width, linestyles=style)
