@@ -4,9 +4,12 @@ VENV ?= .venv
 # The versions that were tested; leave empty to take what pip finds: make test CONSTRAINTS=
 CONSTRAINTS ?= -c constraints-cpu.txt
 
+# What `make bench` compares with, as ratios: a committed run. On another kind of processor: make bench BASELINE=
+BASELINE ?= benchmarks/results/cpu-avx2-2026-11-23.json
+
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench style clean
+.PHONY: demo test bench docs style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/berdiff-fast demo --output demo.png
@@ -17,7 +20,10 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.test
 	mkdir -p benchmarks/results
-	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json benchmarks/results/last.json
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json benchmarks/results/last.json $(if $(BASELINE),--baseline $(BASELINE))
+
+docs: $(VENV)/.test
+	$(BIN)/mkdocs build --strict
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -48,13 +48,14 @@ tests() {
 
 : >"$out/tests.log"
 tests 120 "$repository/tests/test_gpu.py" "$repository/tests/test_equal_bits.py" --junitxml "$out/tests.xml"
-within 150 python3 -m berdiff_fast.cli bench --device cuda --output "$out" --only "published U-Net" kernel loss --no-compile
+within 130 python3 -m berdiff_fast.cli bench --device cuda --output "$out" --only "steps=10), 128 x 128, published" --no-compile
+within 60 python3 -m berdiff_fast.cli bench --device cuda --output "$out" --append --only kernel loss metrics --no-compile
 within 60 python3 "$repository/benchmarks/kernels_gpu.py" --output "$out/kernels.json"
 if python3 -c "import accelerate" 2>/dev/null; then
     within 100 python3 "$repository/benchmarks/training_speed.py" --output "$out/training.json"
 else
     within 60 python3 -m berdiff_fast.cli bench --device cuda --output "$out/training" --only training --no-compile
 fi
-within 180 python3 -m berdiff_fast.cli bench --device cuda --output "$out/compiled" --only "published U-Net"
+within 180 python3 -m berdiff_fast.cli bench --device cuda --output "$out/compiled" --only "steps=10), 128 x 128, published"
 tests 200 "$repository/tests" --ignore "$repository/tests/test_gpu.py" --ignore "$repository/tests/test_equal_bits.py"
 exit $failed

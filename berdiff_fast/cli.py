@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=lambda options: info.main(["--json"] if options.json else []))
 
     _add_sample(commands)
+    _add_report(commands)
     _add_import(commands)
     _add_train(commands)
     _add_evaluate(commands)
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        print(f"berdiff-fast {options.command}: {error}", file=sys.stderr)
+        print(f"berdiff-fast {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
 
@@ -91,7 +92,7 @@ INPUT is a NIfTI (.nii, .nii.gz), NRRD, MetaImage (.mha) or DICOM file, a folder
 (.png, .tif, .jpg), a NumPy (.npy) or an HDF5 file (dataset "image").
 
 examples:
-  berdiff-fast sample ct.nii.gz --output masks --center 214 130 --slices 80 96 --seed 7
+  berdiff-fast sample ct.nii.gz --output masks --center 214 130 --slices 80 96 --seed 7 --report
   berdiff-fast sample dicom/ --output masks --roi 150 278 90 218
   berdiff-fast sample slice.png --model runs/lidc/model.safetensors --n 32 --output masks
 
@@ -130,6 +131,7 @@ def _add_sample(commands: Any) -> None:
     command.add_argument(
         "--raters", nargs="+", default=[], metavar="FILE", help="masks to compare with, on the same grid"
     )
+    command.add_argument("--report", action="store_true", help="also write report.html, to look at")
     command.add_argument("--winograd", action="store_true", help="faster on a CPU, for a digit less")
     command.add_argument("--max-batch", type=int, metavar="MASKS", help="per call of the network")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
@@ -168,12 +170,33 @@ def _sample(options: argparse.Namespace) -> int:
         sampled = scans.sample_volume(
             model, volume, options.n, options.steps, work=work, progress=not options.quiet, **given
         )
-        told = results.provenance(volume, sampled, options.model, scans.fingerprint(model), device)
-        summary = results.write(sampled, options.output, work, provenance=told, raters=raters)
+        told = results.provenance(volume, sampled, options.model, scans.fingerprint(model), device, options.series)
+        summary = results.write(sampled, options.output, work, provenance=told, raters=raters, report=options.report)
     if options.json:
         print(json.dumps(summary))
     elif not options.quiet:
         print(results.as_text(summary, options.output))
+    return 0
+
+
+def _add_report(commands: Any) -> None:
+    command = commands.add_parser(
+        "report",
+        help="write report.html, to look at, for results of sample",
+        epilog="example: berdiff-fast report masks/ --raters reader1.nii.gz reader2.nii.gz",
+    )
+    command.add_argument("folder", help="of results")
+    command.add_argument("--input", metavar="FILE", help="the scan, if it is no longer where it was")
+    command.add_argument("--raters", nargs="+", default=[], metavar="FILE", help="masks to compare with, on its grid")
+    command.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from berdiff_fast import results
+    from berdiff_fast.imaging import volumes
+
+    volume = None if options.input is None else volumes.read(options.input)
+    print(results.report_again(options.folder, volume, [volumes.read(path) for path in options.raters]))
     return 0
 
 
@@ -277,6 +300,7 @@ def _add_bench(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--output", default="bench", help="folder for JSON, table and picture (default: %(default)s)")
+    command.add_argument("--append", action="store_true", help="keep the other cases of an earlier run of this day")
     command.add_argument("--quick", action="store_true", help="leave out what takes minutes on a laptop")
     command.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
     command.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases with one of these words")
@@ -315,7 +339,9 @@ def _bench(options: argparse.Namespace) -> int:
         folder = Path(options.output)
         folder.mkdir(parents=True, exist_ok=True)
         settings = Settings(device, seconds=10.0 if options.quick else 60.0)
-        measured = report.measure(chosen, settings, folder / "bench.json")
+        file = folder / "bench.json"
+        former = json.loads(file.read_text(encoding="utf-8")) if options.append and file.is_file() else None
+        measured = report.measure(chosen, settings, file, former=former)
         write_text(folder / "bench.md", report.tables(measured))
         try:
             report.plot(measured, folder / "bench.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from berdiff_fast.imaging import volumes
 from berdiff_fast.imaging.summary import entropy, spread
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.scans import SampledVolume
+
+logger = logging.getLogger("berdiff_fast")
 
 SUMMARY = "summary.json"
 WORK = ".unfinished"
@@ -89,7 +92,8 @@ def check_raters(raters: Sequence[Volume], volume: Volume) -> np.ndarray | None:
                 raise ValueError(
                     f"raters: {rater.path} lies elsewhere than the scan: other origin, spacing or direction"
                 )
-        if len(np.unique(rater.array)) > 2:
+        values = np.unique(rater.array)
+        if len(values) > 2 or (len(values) == 2 and values[0] != 0 and values[1] != 0):
             raise ValueError(f"raters: {rater.path} must hold a mask, of 0 and one other value")
         found.append(rater.array != 0)
     return np.stack(found) if found else None
@@ -102,6 +106,7 @@ def write(
     *,
     provenance: dict[str, Any],
     raters: np.ndarray | None = None,
+    report: bool = False,
 ) -> dict[str, Any]:
     """Write masks, the mean and the disagreement (entropy, in bits), and the summary, which comes last.
 
@@ -111,6 +116,7 @@ def write(
         work: where files are made before they are moved into place.
         provenance: what the summary is to say beside sizes: seed, model, versions.
         raters: bool (R, S, H, W), to compare with.
+        report: also write ``report.html``.
 
     Returns:
         The summary.
@@ -150,11 +156,63 @@ def write(
     }
     if raters is not None:
         summary["raters"] = _against(sampled, raters)
-    (root / SUMMARY).unlink(missing_ok=True)  # of earlier results, which are now being replaced
+    if report:
+        try:
+            _report(stage / "report.html", volume, sampled.masks, raters, provenance)
+            summary["report"] = "report.html"
+        except ValueError as error:  # too large, say: no reason to throw masks away
+            logger.warning("no report: %s", error)
+    _remove_former(root)
     for path in sorted(stage.iterdir()):
         os.replace(path, root / path.name)
     write_text(root / SUMMARY, json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def report_again(folder: str | os.PathLike[str], volume: Volume | None, raters: Sequence[Volume] = ()) -> Path:
+    """``report.html`` of results that are there.
+
+    Args:
+        folder: of results.
+        volume: the scan, where it is no longer where the summary says.
+        raters: masks on its grid, to compare with.
+
+    Raises:
+        FileNotFoundError, ValueError: no results, or another scan than they were made of.
+    """
+    root = Path(folder)
+    if not (root / SUMMARY).is_file():
+        raise FileNotFoundError(f"{root} holds no results: there is no {SUMMARY}")
+    summary = json.loads((root / SUMMARY).read_text(encoding="utf-8"))
+    volume = volumes.read(summary["input"], series=summary["series"]) if volume is None else volume
+    if volume.fingerprint() != summary["input_sha256"]:
+        raise ValueError(f"{volume.path} is not what the results in {root} were made of: voxels or geometry differ")
+    masks = np.stack([volumes.read(root / name).array != 0 for name in summary["masks"]])
+    provenance = {k: v for k, v in summary.items() if k not in _RESULTS}
+    _report(root / "report.html", volume, masks, check_raters(raters, volume), provenance)
+    return root / "report.html"
+
+
+#: What the summary says of results, beside how they were made.
+_RESULTS = ("masks", "mean", "entropy", "segmentations", "sizes", "raters", "report")
+
+
+def _report(
+    path: Path, volume: Volume, masks: np.ndarray, raters: np.ndarray | None, provenance: dict[str, Any]
+) -> None:
+    from berdiff_fast.imaging.report import write_report
+
+    axis = provenance["axis"]  # the slices that were sampled are those to be shown
+    spacing = None if volume.spacing is None else [volume.spacing[2 - a] for a in (axis, *({0, 1, 2} - {axis}))]
+    write_report(
+        path,
+        np.moveaxis(volume.array, axis, 0),
+        np.moveaxis(masks, axis + 1, 1),
+        title=volume.path.name,
+        spacing=spacing and tuple(spacing),
+        raters=None if raters is None else np.moveaxis(raters, axis + 1, 1),
+        provenance=provenance,
+    )
 
 
 def _sizes(voxels: list[int], volume: Volume) -> dict[str, Any]:
@@ -172,6 +230,16 @@ def _against(sampled: SampledVolume, raters: np.ndarray) -> dict[str, float]:
     theirs, ours = torch.from_numpy(raters)[None].flatten(3, -1), torch.from_numpy(sampled.masks)[None].flatten(3, -1)
     found = metrics.evaluate(theirs, ours, ("ged", "hm_iou"))
     return {"count": len(raters), **{name: float(value[0]) for name, value in found.items()}}
+
+
+def _remove_former(root: Path) -> None:
+    """Earlier results, which are now being replaced: the summary first, which says what else there is."""
+    if (root / SUMMARY).is_file():
+        former = json.loads((root / SUMMARY).read_text(encoding="utf-8"))
+        (root / SUMMARY).unlink()
+        named = [*former["masks"], former["mean"], former["entropy"], *former["segmentations"], "report.html"]
+        for name in named:
+            (root / Path(name).name).unlink(missing_ok=True)
 
 
 def as_text(summary: dict[str, Any], output: str | os.PathLike[str]) -> str:
@@ -192,10 +260,13 @@ def as_text(summary: dict[str, Any], output: str | os.PathLike[str]) -> str:
     return "\n".join(lines)
 
 
-def provenance(volume: Volume, sampled: SampledVolume, model_name: str, model_hash: str, device: str) -> dict[str, Any]:
+def provenance(
+    volume: Volume, sampled: SampledVolume, model_name: str, model_hash: str, device: str, series: str | None = None
+) -> dict[str, Any]:
     """How masks came about: enough to draw them again."""
     return {
-        "input": str(volume.path),
+        "input": str(volume.path.resolve()),
+        "series": series,
         "input_sha256": volume.fingerprint(),
         "model": model_name,
         "model_sha256": model_hash,

@@ -71,7 +71,7 @@ def sample(
             None for a fresh one from torch's default generator, so that ``torch.manual_seed`` governs.
         first_sample: index of the first mask: ``first_sample=16`` draws masks 16 to 16 + n - 1 of the same sequence.
         max_batch: masks per call of the network; by default all B x n on a GPU, and on a CPU as many as 16 masks of
-            128 x 128 have pixels, more being no faster. Where memory does not suffice, it is halved.
+            128 x 128 have pixels, more being no faster. Where a GPU's memory does not suffice, it is halved.
         schedule, prediction: for a model that is not a ``BerDiff``, or to override its own.
         return_probability: also return the probability P(y_0 = 1) of the last step.
         prepare: run a ``UNet`` in its prepared form (``network.inference``), which is faster and equal up to rounding.
@@ -113,8 +113,8 @@ class Sampler:
 
     Arguments are those of ``sample`` and checked here, once. Weights may change between calls.
 
-    On a GPU all steps of a prepared network are one CUDA graph, here and in ``sample``. A ``Sampler`` captures other
-    modules too, at the second call with images of a shape, if they make the host wait for nothing and the graph draws
+    On a GPU all steps of a prepared network are one CUDA graph from the second call with images of a shape on, here and
+    in ``sample``. A ``Sampler`` captures other modules too, if they make the host wait for nothing and the graph draws
     the same masks; else the log says why not. A graph repeats what a module did when it was captured: make a new
     ``Sampler`` after changing anything but its weights, or pass ``prepare=False``, which captures nothing.
 
@@ -168,9 +168,8 @@ class Sampler:
         self.max_batch = None if max_batch is None else checks.integer("max_batch", max_batch, 1)
         self.prepare, self.dtype, self.backend = prepare, dtype, backend
         self._on_device: dict[torch.device, torch.Tensor] = {}
-        #: Graphs of a network that is run as it is, and what was asked for once.
-        self.graphs: dict[Any, graph.Graph | None] = {}
-        self.seen: set[Any] = set()
+        #: Graphs of a network that is run as it is.
+        self.graphs: dict[Any, graph.Graph | bool] = {}
         #: What masks depend on beside images, seeds and weights.
         self.key = (*self.timesteps, *self._table.flatten().tolist(), prediction, final, backend)
 
@@ -267,6 +266,7 @@ class _Call:
             logger.warning("out of memory with %d masks a call; going on with %d", last - first, size)
             advance(-done)
             if device.type == "cuda":
+                network.forget_graphs(self)
                 torch.cuda.empty_cache()
 
         *of_steps, of_images = flags.tolist()
@@ -306,7 +306,7 @@ class _Call:
         masks, raised = captured.replay(chunk.img, chunk.seeds)
         flags.logical_or_(raised)
         advance(chunk.rows * len(self.sampler.timesteps))
-        return masks.clone(), None
+        return masks, None
 
     def _chunk(self, first: int, last: int) -> _Chunk:
         """Masks [first, last) of the B x n."""
@@ -414,11 +414,12 @@ class _Network:
         # A graph reads weights where they lay when it was captured.
         places = tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
         key, sampler = (*chunk.key, places), call.sampler
-        if key not in sampler.seen:  # not worth it for a single call, as those of ``sample`` are
-            sampler.seen.add(key)
-            return None
         keep = (self, call.coefficients)
         return graph.captured(sampler.graphs, key, draw, chunk.img, chunk.seeds, len(self.t) + 1, keep, check=True)
+
+    def forget_graphs(self, call: _Call) -> None:
+        """For the memory that they hold."""
+        call.sampler.graphs.clear()
 
 
 class _Prepared(_Network):
@@ -432,6 +433,9 @@ class _Prepared(_Network):
         prepared, key = self.prepared, (*chunk.key, call.sampler.key)
         keep = call.coefficients
         return graph.captured(prepared.graphs, key, draw, chunk.img, chunk.seeds, prepared.steps + 1, keep, check=False)
+
+    def forget_graphs(self, call: _Call) -> None:
+        self.prepared.graphs.clear()
 
     def images(self, img: torch.Tensor) -> torch.Tensor:
         return self.prepared.encode(img)

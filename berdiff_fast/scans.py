@@ -353,17 +353,22 @@ class _Store:
             return
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        identity = json.dumps(
-            {"plan": plan, "model": fingerprint(model), "volume": volume.fingerprint()}, sort_keys=True
-        )
+        done_by = {"contract": rng.DRAW_CONTRACT, "model": fingerprint(model), "volume": volume.fingerprint()}
+        identity = json.dumps({"plan": plan, **done_by}, sort_keys=True)
         bits, self._log, what = root / "bits.npy", root / "done", root / "plan.json"
         if not (bits.is_file() and what.is_file() and what.read_text() == identity):
             self._log.unlink(missing_ok=True)
             what.unlink(missing_ok=True)
             np.lib.format.open_memmap(bits, "w+", np.uint8, shape).flush()
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here; later, it would end the process
+                with bits.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, bits.stat().st_size)
             write_text(what, identity)
         elif self._log.is_file():
-            self.done = {int(line) for line in self._log.read_text().split("\n")[:-1]}
+            whole, _, torn = self._log.read_text().rpartition("\n")
+            self.done = {int(line) for line in whole.split()}
+            if torn:  # a line that an interruption cut short
+                write_text(self._log, "".join(f"{i}\n" for i in sorted(self.done)))
         self.bits = np.lib.format.open_memmap(bits, "r+")
 
     def put(self, index: int, axis: int, bits: np.ndarray) -> None:
@@ -379,11 +384,17 @@ class _Store:
 
 def fingerprint(model: BerDiff) -> str:
     """SHA-256 of a model's description and weights."""
-    what = model.to_config() if isinstance(model.network, UNet) else repr(model)
+    what = {
+        "network": model.network.config if isinstance(model.network, UNet) else repr(model.network),
+        "schedule": model.schedule.to_config(),
+        "prediction": model.prediction,
+        "rescale_timesteps": model.rescale_timesteps,
+        "preprocessing": repr(model.preprocessing),
+    }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
     for name, tensor in model.network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -138,7 +138,8 @@ def test_peak_memory_is_that_of_a_run():
 def test_training_steps_agree():
     """The published recipe and ours have the same gradients; so the gate passes, and fails for another loss."""
     contenders = {c.name: c for c in cases.training.case("cpu").contenders()}
-    assert set(contenders) == {"plain PyTorch, two forwards (published)", "ours", "ours, channels last"}
+    plain = {"plain PyTorch, two forwards (published)", "plain PyTorch, one forward"}
+    assert set(contenders) == {*plain, "ours", "ours, channels last"}
     for contender in contenders.values():
         contender.gate()
     step = contenders["ours"].run.func
@@ -148,7 +149,7 @@ def test_training_steps_agree():
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1.4, 1.6])
-def test_regressions_are_ratios(pytester, ratio):
+def test_regressions_are_ratios(pytester, ratio, monkeypatch):
     """A machine that is twice as fast changes nothing; a case that became slower than the rest does."""
     conftest = Path(__file__).parents[1] / "benchmarks" / "conftest.py"
     pytester.makeconftest(conftest.read_text())
@@ -164,6 +165,23 @@ def test_regressions_are_ratios(pytester, ratio):
     times = {"test_rand_less_than_p": 0.005, "test_other": 0.01 / ratio}
     cases = [{"name": name, "stats": {"min": least}} for name, least in times.items()]
     Path("before.json").write_text(json.dumps({"benchmarks": cases}))
-    result = pytester.runpytest_subprocess("--benchmark-only", "--baseline=before.json", "-p", "no:cacheprovider")
+    # Beside xdist, which these tests themselves may run under, nothing is timed.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    quiet = ("-p", "no:cacheprovider", "-p", "no:xdist")
+    result = pytester.runpytest_subprocess("--benchmark-only", "--baseline=before.json", *quiet)
     assert result.ret == (1 if ratio > 1.5 else 0)
     result.stdout.fnmatch_lines(["*  other*" + ("SLOWER" if ratio > 1.5 else "")])
+
+
+def test_cases_can_be_added_to_a_run(tmp_path, monkeypatch):
+    """Those of the same name are measured again; another machine's are not kept."""
+    monkeypatch.setattr(report.ceilings, "measure", lambda device: {"copy_bytes_per_second": 1e9})
+    path, settings = tmp_path / "bench.json", Settings(rounds=1)
+    cases_ = [Case(name, "kernel", lambda: iter([passing("slow")]), "slow") for name in ("a", "b")]
+    first = report.measure(cases_, settings, path, progress=False)
+    monkeypatch.setattr(report.ceilings, "measure", lambda device: {"copy_bytes_per_second": 2e9})
+    second = report.measure(cases_[1:], settings, path, former=first, progress=False)
+    assert [(c["case"], c.get("ceilings")) for c in second["cases"]] == [("a", first["ceilings"]), ("b", None)]
+    assert second == json.loads(path.read_text()) and second["ceilings"] == {"copy_bytes_per_second": 2e9}
+    with pytest.raises(ValueError, match="append: .* is of another machine, date"):
+        report.measure(cases_, settings, path, former={**first, "date": "2020-01-01"}, progress=False)

@@ -281,12 +281,16 @@ def draw(model, n=5, **options):
     return bf.sample(model, IMG, n, 5, seed=1, **options)
 
 
+def kept(model):
+    return [prepared for _, _, prepared in inference._prepared[model.network].values()]
+
+
 def test_sample_draws_the_same_masks(model):
     """Equal but for pixels within rounding of their threshold; of 11,520 bits there are none here."""
     plain = draw(model, prepare=False)
     assert 0.05 < plain.float().mean() < 0.95
     assert torch.equal(draw(model), plain)
-    assert inference.prepare(model.network, [800, 600, 400, 200, 0]) is inference._prepared[model.network][2]
+    assert inference.prepare(model.network, [800, 600, 400, 200, 0]) in kept(model)
     assert (draw(model, prepare="winograd") != plain).float().mean() < 1e-3
     with pytest.raises(ValueError, match="prepare must be True, False or 'winograd', got 'fast'"):
         draw(model, prepare="fast")
@@ -322,11 +326,19 @@ def test_changed_weights_are_noticed(model, write):
 
 def test_what_was_prepared_is_kept(model):
     draw(model)
-    first = inference._prepared[model.network][2]
+    (first,) = kept(model)
     draw(model, n=2)
-    assert inference._prepared[model.network][2] is first
+    assert kept(model) == [first]
+    for _ in range(2):  # in turns, as a benchmark has them
+        draw(model, prepare="winograd")
+        draw(model)
+    assert kept(model)[0] is first and len(kept(model)) == 2
     bf.sample(model, IMG, 2, 10, seed=1)
-    assert inference._prepared[model.network][2] is not first, "other timesteps"
+    assert len(kept(model)) == inference.KEPT and first not in kept(model), "other timesteps: the oldest goes"
+    with torch.no_grad():
+        model.network.out[2].weight.mul_(2)
+    draw(model)
+    assert len(kept(model)) == 1, "of weights that are gone"
 
 
 def test_networks_that_are_run_as_they_are(model):
@@ -378,42 +390,51 @@ def test_in_another_dtype(model):
 # ---------------------------------------------------------------------- captured graphs (test_gpu.py has real ones)
 
 
+def ask(graphs, size=8):
+    return graph.captured(graphs, ("key",), None, torch.zeros(1, 1, size, size), None, 6, None, check=True)
+
+
 def test_what_cannot_be_captured_is_said_once(monkeypatch, caplog):
     made = []
 
-    class Refusing:
+    class Refusing(graph.Graph):
         def __init__(self, draw, img, *rest):
             made.append(tuple(img.shape))
             raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graph, "Graph", Refusing)
     graphs = {}
-    for shape in ((1, 1, 8, 8), (1, 1, 8, 8), (2, 1, 8, 8)):
-        assert graph.captured(graphs, ("key",), None, torch.zeros(shape), None, 6, None, check=True) is None
-    assert made == [(1, 1, 8, 8), (2, 1, 8, 8)]
+    assert [ask(graphs, size) for size in (8, 8, 8, 9, 9)] == [None] * 5
+    assert made == [(1, 1, 8, 8), (1, 1, 9, 9)], "at the second call, and once"
     assert [r.getMessage() for r in caplog.records] == [
         "no CUDA graph, so every kernel is launched by itself: operation not permitted when stream is capturing"
     ] * 2
 
 
 def test_out_of_memory_is_passed_on(monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    class Full(graph.Graph):
+        def __init__(self, *_):
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(graph, "Graph", full)
+    monkeypatch.setattr(graph, "Graph", Full)
+    graphs = {}
+    ask(graphs)
     with pytest.raises(torch.OutOfMemoryError):
-        graph.captured({}, ("key",), None, torch.zeros(1, 1, 8, 8), None, 6, None, check=True)
+        ask(graphs)
 
 
 def test_few_graphs_are_kept(monkeypatch):
-    monkeypatch.setattr(graph, "Graph", lambda draw, img, *rest: object())
+    class Fake(graph.Graph):
+        def __init__(self, *_):
+            pass
+
+    monkeypatch.setattr(graph, "Graph", Fake)
     graphs = {}
-
-    def of(size):
-        return graph.captured(graphs, ("key",), None, torch.zeros(1, 1, size, size), None, 6, None, check=True)
-
-    first = of(8)
-    assert of(8) is first
+    assert ask(graphs) is None, "capturing takes longer than a call"
+    first = ask(graphs)
+    assert isinstance(first, Fake) and ask(graphs) is first
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ask(graphs) is None, "autocast's copies of weights would be freed"
     for size in range(9, 9 + graph.KEPT):
-        of(size)
-    assert len(graphs) == graph.KEPT and of(8) is not first
+        ask(graphs, size)
+    assert len(graphs) == graph.KEPT and ask(graphs) is None

@@ -160,6 +160,10 @@ def test_it_goes_on_where_it_stopped(tmp_path, limit):
     calls.clear()
     assert np.array_equal(draw(model, array, seed=6, **options).masks, expected[6]) and len(calls) == 20
     calls.clear()
+    model.preprocessing = bf.Preprocessing("window", (0, 100))
+    assert not np.array_equal(draw(model, array, seed=6, **options).masks, expected[6]) and len(calls) == 20
+    model.preprocessing = bf.Preprocessing()
+    calls.clear()
     with torch.no_grad():
         model.network.weight.mul_(-1)
     assert not np.array_equal(draw(model, array, seed=6, **options).masks, expected[6]) and len(calls) == 20
@@ -283,6 +287,19 @@ def test_the_command_on_pictures_and_arrays(tmp_path, model_path, kind):
 
 
 @needs_imaging
+def test_overwriting_leaves_nothing_of_the_former(tmp_path, model_path):
+    volume = scan()
+    write_series(tmp_path / "ct", volume)
+    out = tmp_path / "out"
+    assert command(tmp_path / "ct", *options(model_path, out), "--report") == 0
+    assert {"report.html", "masks.dcm", "mask_002.nii.gz"} <= set(os.listdir(out))
+    (out / "notes.txt").write_text("mine")
+    assert command(tmp_path / "ct", *options(model_path, out), "--n", 1, "--overwrite") == 0
+    left = {p for p in os.listdir(out) if not p.endswith(".dcm")}
+    assert left == {"mask_000.nii.gz", "mean.nii.gz", "entropy.nii.gz", "summary.json", "notes.txt"}
+
+
+@needs_imaging
 def test_raters(tmp_path, model_path, capsys):
     volume = scan()
     volumes.write(tmp_path / "scan.nii.gz", volume.array, volume)
@@ -296,6 +313,33 @@ def test_raters(tmp_path, model_path, capsys):
     ours = torch.from_numpy(draw(bf.load(model_path), volume).masks)[None, :, None]
     assert found["ged"] == pytest.approx(float(bf.metrics.generalized_energy_distance(theirs, ours)))
     assert found["hm_iou"] == pytest.approx(float(bf.metrics.hm_iou(theirs, ours)))
+
+
+@needs_imaging
+@pytest.mark.parametrize("plane", ["axial", "coronal"])
+def test_reports(tmp_path, model_path, plane, capsys):
+    """With the masks, and again for results that are there; the slices shown are those that were sampled."""
+    volume = scan()
+    volumes.write(tmp_path / "scan.nii.gz", volume.array, volume)
+    volumes.write(tmp_path / "rater.nii.gz", volume.array > 0, volume)
+    out = tmp_path / "out"
+    assert command(tmp_path / "scan.nii.gz", *options(model_path, out), "--plane", plane, "--report") == 0
+    page = (out / "report.html").read_text()
+    slices, rest = ("5 slices", "17 × 23") if plane == "axial" else ("17 slices", "5 × 23")
+    assert slices in page and rest in page and "scan.nii.gz" in page and "Generalised energy distance" not in page
+    (out / "report.html").unlink()
+    capsys.readouterr()
+    assert cli.main(["report", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out / 'report.html'}\n" and (out / "report.html").read_text() == page
+    (tmp_path / "scan.nii.gz").rename(tmp_path / "moved.nii.gz")
+    assert cli.main(["report", str(out)]) == 1 and "there is no such file" in capsys.readouterr().err
+    moved = ["--input", str(tmp_path / "moved.nii.gz"), "--raters", str(tmp_path / "rater.nii.gz")]
+    assert cli.main(["report", str(out), *moved]) == 0
+    assert "Generalised energy distance" in (out / "report.html").read_text()
+    volumes.write(tmp_path / "other.nii.gz", volume.array + 1, volume)
+    assert cli.main(["report", str(out), "--input", str(tmp_path / "other.nii.gz")]) == 1
+    assert "is not what the results in" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path)]) == 1 and "holds no results" in capsys.readouterr().err
 
 
 def test_interrupted_command(tmp_path, model_path, monkeypatch, capsys):
@@ -342,6 +386,14 @@ def truncated(folder, ending):
     path = folder / f"scan{ending}"
     volumes.write(path, volume.array, volume)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    return path
+
+
+def damaged(folder):
+    path = truncated(folder, ".nii.gz")
+    data = bytearray(path.read_bytes())
+    data[60:90] = bytes(30)
+    path.write_bytes(bytes(data))
     return path
 
 
@@ -435,6 +487,16 @@ BAD_FILES = {
         "has two slices at one position",
     ),
     "slices of several sizes": (lambda d: series(d, Rows=lambda k: 17 - (k == 2)), "has slices of different sizes"),
+    "a tilted gantry": (
+        lambda d: series(d, ImagePositionPatient=lambda k: ["0", str(0.91 * k), str(2.5 * k)]),
+        "tilted gantry",
+    ),
+    "slices of several spacings": (
+        lambda d: series(d, PixelSpacing=lambda k: ["0.8", "0.4" if k == 2 else "0.703125"]),
+        "different pixel spacing",
+    ),
+    "hdf5 with a group": (lambda d: hdf5(d, **{"image/x": np.zeros(3)}), "cannot be read"),
+    "nifti.gz, damaged": (damaged, "cannot be read"),
     "slices that are not parallel": (lambda d: series(d, ImageOrientationPatient=slanted), "not parallel"),
     "a picture in colour": (lambda d: picture(d, "RGB"), "must be one grey picture|channels|colour"),
     "a picture of text": (lambda d: saved(d, "a.png", b"hello"), "cannot be read: not a PNG, JPEG or TIFF"),
@@ -497,10 +559,12 @@ def test_raters_of_another_grid(tmp_path, model_path, capfd):
     volumes.write(tmp_path / "scan.nii", volume.array, volume)
     volumes.write(tmp_path / "small.nii", volume.array[:2], Volume(volume.array[:2]))
     volumes.write(tmp_path / "elsewhere.nii", other.array > 0, other)
+    volumes.write(tmp_path / "ones.nii", (volume.array > 0) + np.int16(1), volume)
     for name, message in (
         ("small.nii", "has the shape (2, 17, 23), and the scan (5, 17, 23)"),
         ("elsewhere.nii", "lies elsewhere than the scan"),
         ("scan.nii", "must hold a mask, of 0 and one other value"),
+        ("ones.nii", "must hold a mask, of 0 and one other value"),
     ):
         arguments = [tmp_path / "scan.nii", *options(model_path, tmp_path / "out"), "--raters", tmp_path / name]
         assert message in one_line(capfd, command(*arguments))

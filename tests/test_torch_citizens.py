@@ -3,11 +3,19 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import os
+import sys
+import time
+
+import numpy as np
 import pytest
 import torch
+from support import threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from berdiff_fast import NoiseSchedule, image_seeds, ops
+from berdiff_fast.backends import select
 
 SCHEDULE = NoiseSchedule("cosine2")
 TAUS = SCHEDULE.subsequence(10)
@@ -138,3 +146,44 @@ def test_compiled_fake_and_meta_overlap():
         out = ops.overlap(torch.empty(2, 3, 8, 8), torch.empty(2, 4, 8, 8, dtype=torch.bool))
         assert (out.shape, out.dtype) == ((2, 7, 7), torch.int64)
     assert ops.overlap(torch.empty(2, 3, 8, 8, device="meta")).shape == (2, 3, 3)
+
+
+# ---------------------------------------------------------------------- threads
+
+
+@pytest.mark.skipif(not select.can_run("cpp", "cpu"), reason="berdiff_fast._cpu not built")
+def test_torch_s_threads_or_our_own():
+    """The same bits on torch's pool, on plain threads, and in the child of a fork, where the pool's threads are not."""
+    from berdiff_fast.backends import cpp
+
+    z = torch.linspace(-4, 4, 2**20).view(4, 1, 512, 512)
+    y, seeds, flag = torch.zeros_like(z), image_seeds(0, 4), torch.zeros(1, dtype=torch.int32)
+
+    def many_bits():  # to NumPy, since torch's own parallel loops hang in the child of a fork
+        return ops.sample_step(y, z, seeds, TABLE[5], 500, nan_flag=flag, dtype=torch.bool, backend="cpp").numpy()
+
+    pool = cpp._openmp()
+    if sys.platform == "linux" and "OpenMP" in torch.__config__.parallel_info().split("parallel backend:")[1]:
+        assert pool, "torch's OpenMP was not found"
+    try:
+        with threads(2):
+            on_pool = many_bits()
+            cpp._cpu.set_pool(0)
+            assert np.array_equal(many_bits(), on_pool)
+            cpp._cpu.set_pool(pool)
+            if hasattr(os, "fork"):
+                child = os.fork()
+                if not child:
+                    status = 1
+                    try:
+                        status = int(not np.array_equal(many_bits(), on_pool))
+                    finally:
+                        os._exit(status)  # whatever happens, this is not to go on as a second pytest
+                deadline = time.monotonic() + 60
+                while os.waitpid(child, os.WNOHANG) == (0, 0):
+                    assert time.monotonic() < deadline, "the child of a fork hangs"
+                    time.sleep(0.01)
+            with concurrent.futures.ThreadPoolExecutor(3) as executor:
+                assert all(np.array_equal(bits, on_pool) for bits in executor.map(lambda _: many_bits(), range(12)))
+    finally:
+        cpp._cpu.set_pool(pool)

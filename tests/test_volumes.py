@@ -176,3 +176,39 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     for name in ("mask.png", "mask.xyz", "mask.mhd", "mask.dcm"):
         with pytest.raises(ValueError, match="path must end as a format"):
             volumes.write(tmp_path / name, volume.array, volume)
+
+
+def test_spacing_that_the_file_does_not_tell_is_not_invented(tmp_path):
+    """The library puts 1 mm, which would make up volumes."""
+    write_series(tmp_path / "ct", scan())
+    for path in (tmp_path / "ct").iterdir():
+        d = pydicom.dcmread(path)
+        del d.PixelSpacing
+        d.save_as(path)
+    assert volumes.read(tmp_path / "ct").spacing is None
+    volume = scan("plain")
+    volumes.write(tmp_path / "scan.nii", volume.array, volume)
+    data = bytearray((tmp_path / "scan.nii").read_bytes())
+    data[80:92] = bytes(12)  # pixdim
+    (tmp_path / "scan.nii").write_bytes(bytes(data))
+    assert volumes.read(tmp_path / "scan.nii").spacing is None
+
+
+def test_slopes_that_differ_from_slice_to_slice(tmp_path):
+    """As in PET: the type of the first slice, an integer, does not round the others."""
+    volume = scan()
+    write_series(tmp_path / "pet", volume, RescaleSlope=lambda k: "1" if k == 0 else "0.5")
+    back = volumes.read(tmp_path / "pet").array
+    expected = (volume.array.astype(float) + 1024) * np.array([1, 0.5, 0.5, 0.5, 0.5])[:, None, None] - 1024
+    np.testing.assert_allclose(back, expected, rtol=0, atol=1e-6)
+
+
+def test_segmentations_of_other_masks_have_other_names(tmp_path):
+    write_series(tmp_path / "ct", scan())
+    source = volumes.read(tmp_path / "ct")
+    box, uids = source.array > 0, []
+    for name, mask in (("a", box), ("b", np.roll(box, 1, 2)), ("c", box)):
+        volumes.write_segmentation(tmp_path / f"{name}.dcm", {"mask": mask}, source)
+        d = pydicom.dcmread(tmp_path / f"{name}.dcm")
+        uids.append((d.SOPInstanceUID, d.SeriesInstanceUID))
+    assert uids[0] == uids[2] and uids[0][0] != uids[1][0] and uids[0][1] != uids[1][1]

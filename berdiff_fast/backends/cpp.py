@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,23 @@ if "BERDIFF_FAST_ISA" in os.environ:
         set_isa(os.environ["BERDIFF_FAST_ISA"])
     except ValueError as error:
         raise ImportError(f"environment variable BERDIFF_FAST_ISA: {error}") from None
+
+
+def _openmp() -> int:
+    """Address of the entry to the thread pool that torch's own loops run on; 0 where it is not found.
+
+    Torch brings its OpenMP along, and the compiled module is built without any: two pools would fight for the
+    processors. The symbol is looked up as torch's own library sees it (Linux; elsewhere the kernels start threads).
+    """
+    library = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
+    try:
+        entry = ctypes.CDLL(library, os.RTLD_NOLOAD | os.RTLD_LAZY).GOMP_parallel
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(entry, ctypes.c_void_p).value or 0
+
+
+_cpu.set_pool(_openmp())
 
 backend = NativeBackend(_cpu, context=lambda out: torch.get_num_threads())
 

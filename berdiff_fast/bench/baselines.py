@@ -33,7 +33,8 @@ Draw = Callable[[torch.Tensor, "torch.Tensor | None", int, "int | None"], torch.
 
 
 def compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    return torch.compile(function, mode="max-autotune" if device == "cuda" else None)
+    # Shapes as they come: gates use smaller ones, and code for any shape is slower.
+    return torch.compile(function, mode="max-autotune" if device == "cuda" else None, dynamic=False)
 
 
 def binomial(mean: torch.Tensor, y_t: torch.Tensor | None, first: int, timestep: int | None) -> torch.Tensor:
@@ -148,6 +149,18 @@ def batched(
     return y
 
 
+def checkout_codes(folder: str) -> Path:
+    """Where the published code lies in a checkout.
+
+    Raises:
+        FileNotFoundError: it is not a checkout.
+    """
+    codes = Path(folder, "codes")
+    if not (codes / "scripts" / "script_util.py").is_file():
+        raise FileNotFoundError(f"published must be a checkout of BerDiff, and {codes} has no scripts/script_util.py")
+    return codes
+
+
 def checkout(folder: str, state_dict: dict[str, torch.Tensor], steps: int) -> tuple[Any, Any]:
     """Network and diffusion of a checkout of the published code (github.com/takimailto/BerDiff), whose code is run.
 
@@ -159,11 +172,7 @@ def checkout(folder: str, state_dict: dict[str, torch.Tensor], steps: int) -> tu
     Raises:
         FileNotFoundError: it is not a checkout.
     """
-    codes = Path(folder, "codes")
-    if not (codes / "scripts" / "script_util.py").is_file():
-        raise FileNotFoundError(
-            f"published must be a checkout of BerDiff, and {codes}/scripts/script_util.py is missing"
-        )
+    codes = checkout_codes(folder)
     sys.modules.setdefault("blobfile", ModuleType("blobfile"))  # imported there, for reading checkpoints only
     sys.path.insert(0, str(codes))
     try:
@@ -190,10 +199,15 @@ def checkout(folder: str, state_dict: dict[str, torch.Tensor], steps: int) -> tu
 
 class PublishedStep:
     """A step of the published recipe: float32, a forward pass for each term of the loss, one small operation after
-    another, averages parameter by parameter."""
+    another, averages parameter by parameter.
 
-    def __init__(self, model: BerDiff) -> None:
-        self.model = model
+    Args:
+        model: is trained.
+        forwards: 2; with 1, what both terms have in common is computed once, as anybody would who looks for speed.
+    """
+
+    def __init__(self, model: BerDiff, forwards: int = 2) -> None:
+        self.model, self.forwards = model, forwards
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         self.averages = [p.detach().clone() for p in model.parameters()]
 
@@ -212,10 +226,13 @@ class PublishedStep:
     def _backward(self, img: torch.Tensor, y_0: torch.Tensor, t: torch.Tensor, y_t: torch.Tensor) -> None:
         schedule = self.model.schedule
         true = schedule.q_posterior_mean(y_0, y_t, t).float()
-        predicted = (y_t - torch.sigmoid(self.model(y_t, t, img))).abs()
+        probability = torch.sigmoid(self.model(y_t, t, img))
+        predicted = (y_t - probability).abs()
         at_zero = t.view(-1, 1, 1, 1) == 0
         found = torch.where(at_zero, predicted, schedule.q_posterior_mean(predicted, y_t, t).float())
-        bce = F.binary_cross_entropy(torch.sigmoid(self.model(y_t, t, img)), (y_t - y_0).abs())
+        if self.forwards == 2:
+            probability = torch.sigmoid(self.model(y_t, t, img))
+        bce = F.binary_cross_entropy(probability, (y_t - y_0).abs())
         loss = (bernoulli_kl(true, found).mean() + bce) / math.log(2)
         loss.backward()
 

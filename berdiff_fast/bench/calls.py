@@ -36,8 +36,8 @@ def case(device: str, which: str, *, compile: bool = True, published: str | None
 
     def contenders() -> Made:
         model = make().to(device)
-        images = bf.data.phantom.generate(1, SIZE, field=SIZE).images
-        yield from _contenders(model, model.preprocess(images).to(device), n, steps, device, compile)
+        images = bf.Preprocessing()(bf.data.phantom.generate(1, SIZE, field=SIZE).images)  # as lidc's
+        yield from _contenders(model, images.to(device), n, steps, device, compile)
         if not bundled:
             yield _monai(n, steps, device)
             yield _checkout(published, model, images.to(device), n, steps)
@@ -121,6 +121,8 @@ def _monai(n: int, steps: int, device: str) -> Contender | tuple[str, str]:
     name = "MONAI's DiffusionModelUNet under our sampler (another network)"
     try:
         from monai.networks.nets import DiffusionModelUNet
+
+        from berdiff_fast.integrations.monai import as_model
     except ImportError as error:
         return name, f"MONAI cannot be imported: {error}"
     torch.manual_seed(0)
@@ -131,22 +133,16 @@ def _monai(n: int, steps: int, device: str) -> Contender | tuple[str, str]:
         channels=(128, 128, 256, 384, 512),
         attention_levels=(False, False, False, True, False),
         num_res_blocks=2,
-        num_head_channels=384,
+        num_head_channels=(128, 128, 256, 384, 512),
     )
     network = network.eval().to(device)
     img = torch.randn(1, 1, SIZE, SIZE, device=device)
 
+    options = dict(spacing="trailing", schedule="cosine2", prediction="epsilon")
+    sampler = bf.Sampler(as_model(network), n, steps, **options)  # type: ignore[arg-type]
+
     def run() -> Any:
-        return bf.sample(
-            lambda y_t, t, img: network(torch.cat([y_t, img], 1), t),
-            img,
-            n,
-            steps,
-            spacing="trailing",
-            schedule="cosine2",
-            prediction="epsilon",
-            seed=1,
-        )
+        return sampler(img, seed=1)
 
     def gate() -> dict[str, Any]:
         assert run().shape == (1, n, 1, SIZE, SIZE)

@@ -25,7 +25,12 @@ def registry(device: str, *, quick: bool, compile: bool = True, published: str |
         quick: leave out what takes minutes on a laptop.
         compile: with torch.compile among the contenders, which may take minutes to begin.
         published: a checkout of the published code, to be timed too.
+
+    Raises:
+        FileNotFoundError: ``published`` is none.
     """
+    if published is not None:
+        baselines.checkout_codes(published)
     cases = [
         _step(device),
         _group_norm(device, compile),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -24,19 +25,41 @@ from berdiff_fast.files import write_text
 _MARKED = re.compile(r"(<!-- bench: (?P<groups>[\w ]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
-def measure(cases: Sequence[Case], settings: Settings, output: Path, *, progress: bool = True) -> dict[str, Any]:
+def measure(
+    cases: Sequence[Case],
+    settings: Settings,
+    output: Path,
+    *,
+    former: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Run cases and write the report after each, so that a run that is cut short keeps what it measured.
+
+    Args:
+        cases, settings: what and how.
+        output: the JSON.
+        former: a report of this machine, date and source whose other cases are kept, each with its own ceilings.
+        progress: show it.
 
     Returns:
         The report: machine, versions, ceilings, settings and a result for each case.
+
+    Raises:
+        ValueError: ``former`` is another machine's, date's or source's.
     """
     report: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "machine": info.collect(),
         "settings": asdict(settings),
+        "source_sha256": _source(),
         "ceilings": ceilings.measure(settings.device),
         "cases": [],
     }
+    if former is not None:
+        if any(former[key] != report[key] for key in ("date", "machine", "settings", "source_sha256")):
+            raise ValueError(f"append: {output} is of another machine, date, source or of other settings")
+        names = {case.name for case in cases}
+        report["cases"] = [{"ceilings": former["ceilings"], **c} for c in former["cases"] if c["case"] not in names]
     for case in cases:
         result = run(case, settings, progress)
         report["cases"].append(asdict(result))
@@ -45,6 +68,14 @@ def measure(cases: Sequence[Case], settings: Settings, output: Path, *, progress
             print(_table(report, report["cases"][-1]), flush=True)
         torch.compiler.reset()  # compiled graphs keep their weights
     return report
+
+
+def _source() -> str:
+    """Of the package as it is: cases of other sources do not belong into one table."""
+    root, digest = Path(info.__file__).parent, hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".so", ".pyd")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def tables(report: dict[str, Any], groups: Sequence[str] = ()) -> str:
@@ -60,23 +91,33 @@ def tables(report: dict[str, Any], groups: Sequence[str] = ()) -> str:
 
 def _table(report: dict[str, Any], case: dict[str, Any]) -> str:
     share = bool(case["flops"] or case["bytes"])
-    head = ["", "median", "spread", f"speed-up over {case['baseline']}", *(["of the ceiling"] if share else [])]
+    memory = case.get("group") in ("call", "training")
+    head = ["", "median", "spread", f"speed-up over {case['baseline']}"]
+    head += [*(["plain FLOP or bytes, of the ceiling"] if share else []), *(["peak memory"] if memory else [])]
     lines = [f"**{case['case']}**", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in case["contenders"]:
         name = f"**{row['name']}**" if row.get("ours") else row["name"]
         if "seconds" not in row:
             lines.append(f"| {name} | {row['why_not']} |" + " |" * (len(head) - 2))
             continue
-        cells = [name, _seconds(row["seconds"]), f"{row['spread']:.0%}", f"{row['speedup']:.2f}"]
+        speedup = f"{row['speedup']:.2f}" if "speedup" in row else ""  # the baseline may not have run
+        cells = [name, _seconds(row["seconds"]), f"{row['spread']:.0%}", speedup]
         if share:
-            cells.append(f"{_share(report, case, row):.0%}")
+            cells.append(f"{_share(report, case, row):.0%}" if _comparable(row) else "")
+        if memory:
+            cells.append(f"{row['peak_bytes'] / 2**20:.0f} MiB" if row.get("peak_bytes") is not None else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def _comparable(row: dict[str, Any]) -> bool:
+    """Whether it does the case's floating-point operations: not another network's, nor none."""
+    return "another network" not in row["name"] and "without the network" not in row["name"]
+
+
 def _share(report: dict[str, Any], case: dict[str, Any], row: dict[str, Any]) -> float:
     """Of the measured copy bandwidth, or of the best convolution or matrix rate in the contender's precision."""
-    measured = report["ceilings"]
+    measured = case.get("ceilings", report["ceilings"])
     if case["bytes"]:
         return case["bytes"] / row["seconds"] / measured["copy_bytes_per_second"]
     dtype = "bfloat16" if "bfloat16" in row["name"] else "float32"
@@ -109,8 +150,13 @@ def plot(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     figures.require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    cases = [(c, [r for r in c["contenders"] if "speedup" in r]) for c in report["cases"]]
+    # What leaves out most of the work would squeeze the rest into a corner; the tables have it.
+    cases = [
+        (c, [r for r in c["contenders"] if "speedup" in r and "without the network" not in r["name"]])
+        for c in report["cases"]
+    ]
     cases = [(c, rows) for c, rows in cases if rows]
     heights = [len(rows) + 1.5 for _, rows in cases]
     figure = Figure(figsize=(9, 0.28 * sum(heights) + 0.6), layout="constrained")
@@ -131,6 +177,9 @@ def plot(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
             label = f" {row['speedup']:.3g}x   {_seconds(row['seconds'])}"
             axis.text(row["speedup"] * math.exp(0.02), i, label, va="center", fontsize=7)
         axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.tick_params(axis="x", labelsize=7)
     axes[-1].set_xlabel("times as fast as the baseline (of the same turns)", fontsize=8)
     figure.savefig(path, dpi=150)

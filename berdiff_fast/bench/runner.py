@@ -67,7 +67,7 @@ class Settings:
     Attributes:
         device: "cpu" or "cuda".
         rounds: turns at most.
-        seconds: a case stops taking turns when this much time has gone into it, after three.
+        seconds: a case stops taking turns when this much time has gone into it, after five.
     """
 
     device: str = "cpu"
@@ -116,7 +116,7 @@ def run(case: Case, settings: Settings, progress: bool = True) -> Result:
         times: dict[str, list[float]] = {contender.name: [] for contender, _ in ready}
         start = time.perf_counter()
         for turn in range(settings.rounds):
-            if turn >= 3 and time.perf_counter() - start > settings.seconds:
+            if turn >= 5 and time.perf_counter() - start > settings.seconds:
                 break
             # Whoever comes after a slow one finds other caches: the order changes from turn to turn.
             for i in range(len(ready)):

@@ -44,6 +44,8 @@ def case(device: str) -> Case:
         yield contender(
             "plain PyTorch, two forwards (published)", baselines.PublishedStep(_model(config, device)), 1e-4
         )
+        once = baselines.PublishedStep(_model(config, device), forwards=1)
+        yield contender("plain PyTorch, one forward", once, 1e-4)
         yield contender("ours", Step(_model(config, device)), 1e-2, ours=True)
         last = Step(_model(config, device), channels_last=True)
         yield contender("ours, channels last", last, 1e-2, ours=True)

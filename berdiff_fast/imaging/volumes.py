@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +109,11 @@ def read(path: str | os.PathLike[str], *, series: str | None = None) -> Volume:
     kind = "dicom" if path.is_dir() else _format(path)
     try:
         volume = _READERS[kind](path, series)
-    except (ValueError, MemoryError) as error:
+    except ImportError:
+        raise
+    except ValueError as error:
         raise ValueError(f"{path}: {_line(error)}") from None
-    except (OSError, RuntimeError, EOFError, KeyError) as error:
+    except Exception as error:  # decoders raise what they like on broken files
         raise ValueError(f"{path}: cannot be read: {_line(error)}") from None
     return _checked(volume)
 
@@ -170,15 +172,14 @@ def _read_hdf5(path: Path, series: str | None) -> Volume:
 def _read_itk(path: Path, series: str | None) -> Volume:
     sitk = require("SimpleITK")
     kind = _format(path)
-    if kind == "nifti":
-        _check_nifti(path)
+    known = kind != "nifti" or _check_nifti(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     with _silence():
         reader.ReadImageInformation()
         _check_voxels(reader.GetDimension(), reader.GetSize(), reader.GetNumberOfComponents())
-        image = reader.Execute()
-    return _from_itk(image, kind, path)
+        volume = _from_itk(reader.Execute(), kind, path)
+    return volume if known else replace(volume, spacing=None)
 
 
 def _read_dicom(path: Path, series: str | None) -> Volume:
@@ -189,7 +190,11 @@ def _read_dicom(path: Path, series: str | None) -> Volume:
         with _silence():
             reader.ReadImageInformation()
             _check_voxels(reader.GetDimension(), reader.GetSize(), reader.GetNumberOfComponents())
-            return _from_itk(reader.Execute(), "dicom", path, (path,))
+            volume = _from_itk(reader.Execute(), "dicom", path, (path,))
+        # Of slice and pixel (0028|0030), or of a detector's, or of the frames of an enhanced file.
+        tags = ("0028|0030", "0018|1164", "5200|9229", "5200|9230")
+        known = volume.array.shape[0] > 1 or any(reader.HasMetaDataKey(tag) for tag in tags)
+        return volume if known else replace(volume, spacing=None)
     with _silence():
         found = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
     if not found:
@@ -200,12 +205,17 @@ def _read_dicom(path: Path, series: str | None) -> Volume:
         raise ValueError(f"has no series {series}; it holds {', '.join(found)}")
     with _silence():
         names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series or found[0])
-        _check_series(names)
+        headers = _check_series(names)
         reader = sitk.ImageSeriesReader()
         reader.SetFileNames(names)
+        slopes = {float(h.get("RescaleSlope", 1)) for h in headers}
+        if len(slopes) > 1:  # as in PET: the type of the first slice would round the others
+            reader.SetOutputPixelType(sitk.sitkFloat64)
         image = reader.Execute()
     _check_voxels(image.GetDimension(), image.GetSize(), image.GetNumberOfComponentsPerPixel())
-    return _from_itk(image, "dicom", path, tuple(Path(name) for name in names))
+    volume = _from_itk(image, "dicom", path, tuple(Path(name) for name in names))
+    known = "PixelSpacing" in headers[0]
+    return volume if known else replace(volume, spacing=None)
 
 
 _READERS = {
@@ -239,8 +249,12 @@ def _from_itk(image: Any, kind: str, path: Path, instances: tuple[Path, ...] = (
     return Volume(array, spacing, origin, direction, kind, path, instances)
 
 
-def _check_nifti(path: Path) -> None:
-    """That all voxels are there, and finite: the library puts zeros for those that are not, and says nothing."""
+def _check_nifti(path: Path) -> bool:
+    """That all voxels are there, and finite: the library puts zeros for those that are not, and says nothing.
+
+    Returns:
+        Whether the file tells its spacing; the library puts 1 mm where it does not.
+    """
     with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
         try:
             header = file.read(540)
@@ -253,12 +267,14 @@ def _check_nifti(path: Path) -> None:
                     struct.unpack_from(f"{order}f", header, 108),
                 )
                 kind, bits = struct.unpack_from(f"{order}2h", header, 70)
+                spacing = struct.unpack_from(f"{order}8f", header, 76)
             else:
                 shape, start = (
                     struct.unpack_from(f"{order}8q", header, 16),
                     struct.unpack_from(f"{order}q", header, 168),
                 )
                 kind, bits = struct.unpack_from(f"{order}2h", header, 12)
+                spacing = struct.unpack_from(f"{order}8d", header, 104)
         except struct.error:
             raise ValueError("is not a NIfTI file") from None
         expected = int(start[0]) + int(np.prod([max(1, s) for s in shape[1 : 1 + shape[0]]])) * bits // 8
@@ -269,26 +285,33 @@ def _check_nifti(path: Path) -> None:
         values = np.frombuffer(data[int(start[0]) : expected], f"{order}f{bits // 8}")
         if bad := values.size - int(np.isfinite(values).sum()):
             raise ValueError(f"must be finite, got {bad} voxels that are NaN or infinite, of {values.size}")
+    return all(s > 0 for s in spacing[1 : 1 + min(3, shape[0])])
 
 
-def _check_series(names: Sequence[str]) -> None:
-    """That slices are of one size, lie parallel, and are evenly spaced, as the library assumes."""
+def _check_series(names: Sequence[str]) -> list[Any]:
+    """Headers of slices of one size and spacing that lie parallel and are evenly stacked, as the library assumes."""
     pydicom = require("pydicom")
-    tags = ["Rows", "Columns", "ImageOrientationPatient", "ImagePositionPatient", "NumberOfFrames", "SamplesPerPixel"]
-    headers = [pydicom.dcmread(name, stop_before_pixels=True, specific_tags=tags) for name in names]
+    tags = ["Rows", "Columns", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope"]
+    headers = [pydicom.dcmread(name, stop_before_pixels=True, specific_tags=tags, force=True) for name in names]
     sizes = {(h.Rows, h.Columns) for h in headers}
     if len(sizes) > 1:
         raise ValueError(f"has slices of different sizes: {sorted(sizes)}")
+    spacings = {tuple(float(x) for x in h.get("PixelSpacing", ())) for h in headers}
+    if len(spacings) > 1:
+        raise ValueError(f"has slices of different pixel spacing: {sorted(spacings)}")
     if len(headers) == 1:
-        return
-    missing = [Path(n).name for n, h in zip(names, headers, strict=True) if "ImagePositionPatient" not in h]
+        return headers
+    missing = [Path(n).name for n, h in zip(names, headers, strict=True) if not _placed(h)]
     if missing:
         raise ValueError(f"has slices without a position: {missing[0]} and {len(missing) - 1} more")
     orientations = np.array([h.ImageOrientationPatient for h in headers], dtype=float)
     if np.abs(orientations - orientations[0]).max() > 1e-3:
         raise ValueError("has slices that are not parallel")
     normal = np.cross(orientations[0, :3], orientations[0, 3:])
-    gaps = np.diff(np.array([h.ImagePositionPatient for h in headers], dtype=float) @ normal)
+    steps = np.diff(np.array([h.ImagePositionPatient for h in headers], dtype=float), axis=0)
+    gaps = steps @ normal
+    if np.abs(steps - gaps[:, None] * normal).max() > 0.01 * np.abs(gaps).max():
+        raise ValueError("has slices that are not stacked at right angles (a tilted gantry); resample it first")
     usual = float(np.median(gaps))
     if abs(usual) < 1e-6 or np.abs(gaps).min() < 1e-6:
         at = int(np.abs(gaps).argmin())
@@ -299,6 +322,11 @@ def _check_series(names: Sequence[str]) -> None:
         between = f"{Path(names[at]).name} and {Path(names[at + 1]).name}"
         gap, usual = abs(gaps[at]), abs(usual)
         raise ValueError(f"misses slices, or is not evenly spaced: {gap:.3f} mm between {between}, else {usual:.3f}")
+    return headers
+
+
+def _placed(header: Any) -> bool:
+    return "ImagePositionPatient" in header and "ImageOrientationPatient" in header
 
 
 def _is_dicom(path: Path) -> bool:
@@ -329,7 +357,8 @@ def write(path: str | os.PathLike[str], array: np.ndarray, like: Volume) -> None
     temporary = path.with_name(f".writing-{path.name}")
     try:
         if kind == "numpy":
-            np.save(temporary, array)
+            with temporary.open("wb") as file:  # np.save would add an ending
+                np.save(file, array)
         elif kind == "picture" and len(array) == 1:
             _write_picture(temporary, array[0])
         elif kind in ("nifti", "nrrd", "metaimage") and not headers_alone:
@@ -415,16 +444,18 @@ def write_segmentation(
     ]
     path = Path(path)
     temporary = path.with_name(f".writing-{path.name}")
+    pixels_ = np.stack([*marked.values()], axis=-1).astype(np.float32 if fractional else np.uint8)
+    content = hashlib.sha256(pixels_.tobytes()).hexdigest()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values in the source that a standard discourages
         file = seg.Segmentation(
             source_images=[pydicom.dcmread(name) for name in like.instances],
-            pixel_array=np.stack([*marked.values()], axis=-1).astype(np.float32 if fractional else np.uint8),
+            pixel_array=pixels_,
             segmentation_type="FRACTIONAL" if fractional else "BINARY",
             segment_descriptions=segments,
-            series_instance_uid=_uid(like, path.name, "series"),
+            series_instance_uid=_uid(like, *marked, content, "series"),
             series_number=900,
-            sop_instance_uid=_uid(like, path.name, "instance"),
+            sop_instance_uid=_uid(like, *marked, content, "instance"),
             instance_number=1,
             manufacturer="berdiff_fast",
             manufacturer_model_name="berdiff_fast",
@@ -442,7 +473,7 @@ def write_segmentation(
 
 
 def _uid(like: Volume, *names: str) -> str:
-    """The same for the same work: of the source's own UID and what is made of it."""
+    """The same for the same segments of the same scan, and another for others."""
     from pydicom.uid import generate_uid
 
     return generate_uid(entropy_srcs=[like.fingerprint(), *names])

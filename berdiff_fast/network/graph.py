@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ KEPT = 4
 
 
 def captured(
-    graphs: dict[Any, Graph | None],
+    graphs: dict[Any, Graph | bool],
     key: tuple[Any, ...],
     draw: Draw,
     img: torch.Tensor,
@@ -34,25 +35,32 @@ def captured(
     """The graph of ``draw`` for images like these: one that is kept in ``graphs``, or captured now.
 
     Args:
-        graphs: of one network.
+        graphs: of one network. True stands for work that was asked for once, and False for what cannot be captured.
         key: what ``draw`` does, beside shape and dtype of the images.
         flags, keep, check: see ``Graph``.
 
     Returns:
-        None where it cannot be captured. The log says why, once.
+        None at the first call, since capturing takes longer than a call; where it cannot be captured, about which the
+        log says why, once; and under autocast, whose copies of weights do not outlive it.
     """
+    if torch.is_autocast_enabled(img.device.type):
+        return None
     key = (tuple(img.shape), img.dtype, img.device, *key)
     if key not in graphs:
         while len(graphs) >= KEPT:
             graphs.pop(next(iter(graphs)))
+        graphs[key] = True
+        return None
+    if graphs[key] is True:
         try:
             graphs[key] = Graph(draw, img, seeds, flags, keep, check)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             logger.warning("no CUDA graph, so every kernel is launched by itself: %s", error)
-            graphs[key] = None
-    return graphs[key]
+            graphs[key] = False
+    found = graphs[key]
+    return found if isinstance(found, Graph) else None
 
 
 class Graph:
@@ -71,32 +79,44 @@ class Graph:
     """
 
     def __init__(self, draw: Draw, img: torch.Tensor, seeds: torch.Tensor, flags: int, keep: Any, check: bool) -> None:
-        self._keep, self._img, self._seeds = keep, img.clone(), seeds.clone()
-        self._flags = torch.zeros(flags, dtype=torch.int32, device=img.device)
+        self._keep, self._lock, self._done = keep, threading.Lock(), torch.cuda.Event()
         self._graph = torch.cuda.CUDAGraph()
-        inputs = self._img, self._seeds, self._flags
+        before = torch.cuda.current_stream(img.device)
         aside = torch.cuda.Stream(img.device)
-        aside.wait_stream(torch.cuda.current_stream(img.device))
-        # This context is left in order even where leaving that of the capture fails.
-        with torch.cuda.stream(aside):
-            draw(*inputs)  # libraries choose their algorithms and Triton compiles before anything is recorded
-            with _host_must_not_wait() if check else nullcontext():
-                expected = draw(*inputs)
-            with torch.cuda.graph(self._graph, stream=aside, capture_error_mode="thread_local"):
-                self._flags.zero_()
-                self._masks = draw(*inputs)
-            if check:
-                self._graph.replay()
-                if not torch.equal(self._masks, expected):
-                    raise RuntimeError("its replay draws other masks than the network itself")
-        torch.cuda.current_stream(img.device).wait_stream(aside)
+        # Tensors made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._img, self._seeds = img.clone(), seeds.clone()
+            self._flags = torch.zeros(flags, dtype=torch.int32, device=img.device)
+            inputs = self._img, self._seeds, self._flags
+            aside.wait_stream(before)
+            try:
+                # This context is left in order even where leaving that of the capture fails.
+                with torch.cuda.stream(aside):
+                    draw(*inputs)  # libraries choose their algorithms and Triton compiles before anything is recorded
+                    if check:
+                        with _host_must_not_wait():
+                            expected = draw(*inputs)
+                    with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                        self._flags.zero_()
+                        self._masks = draw(*inputs)
+                    if check:
+                        self._graph.replay()
+                        if not torch.equal(self._masks, expected):
+                            raise RuntimeError("its replay draws other masks than the network itself")
+            finally:
+                aside.synchronize()  # what it reads and writes may be freed now, or used on another stream
 
     def replay(self, img: torch.Tensor, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks and flags, which the next replay overwrites."""
-        self._img.copy_(img)
-        self._seeds.copy_(seeds)
-        self._graph.replay()
-        return self._masks, self._flags
+        """Masks and flags of these images. Threads and streams take turns."""
+        with self._lock:
+            stream = torch.cuda.current_stream(img.device)
+            stream.wait_event(self._done)
+            self._img.copy_(img)
+            self._seeds.copy_(seeds)
+            self._graph.replay()
+            found = self._masks.clone(), self._flags.clone()
+            self._done.record(stream)
+        return found
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from torch import nn
 
 from berdiff_fast import ops
 from berdiff_fast.backends import select
+from berdiff_fast.network.graph import Graph
 from berdiff_fast.network.unet import (
     AttentionBlock,
     Downsample,
@@ -85,7 +86,7 @@ class PreparedUNet:
         self.mask_channels, self.img_channels = network.mask_channels, network.img_channels
         self.spatial_dims, self.patch_size = network.spatial_dims, network.patch_size
         #: CUDA graphs that the sampler captured of calls with these weights.
-        self.graphs: dict[Any, Any] = {}
+        self.graphs: dict[Any, Graph | bool] = {}
         device = next(network.parameters()).device
         timesteps = torch.as_tensor(timesteps, device=device)
         if timesteps.ndim != 1 or not len(timesteps):
@@ -154,8 +155,11 @@ _KNOWN = {UNet, ResBlock, AttentionBlock, EmbeddingSequential, Downsample, Upsam
 _KNOWN |= {nn.Sequential, nn.ModuleList, nn.SiLU, nn.Dropout, nn.Identity, nn.Linear, nn.AvgPool2d, nn.AvgPool3d}
 _KNOWN |= {nn.Conv1d, nn.Conv2d, nn.Conv3d}
 
-#: The last prepared form of each network, with the timesteps and weights it was made of.
-_prepared: WeakKeyDictionary[UNet, tuple[Any, torch.Tensor, PreparedUNet]] = WeakKeyDictionary()
+#: Prepared forms of a network that are kept, each with a copy of its weights: in float32 and by Winograd, say.
+KEPT = 2
+
+#: They, by timesteps and arithmetic, with the weights that they were made of.
+_prepared: WeakKeyDictionary[UNet, dict[Any, tuple[Any, torch.Tensor, PreparedUNet]]] = WeakKeyDictionary()
 
 
 def why_not(network: Any) -> str | None:
@@ -177,27 +181,26 @@ def why_not(network: Any) -> str | None:
 def prepare(
     network: UNet, timesteps: Sequence[float], *, dtype: torch.dtype | None = None, winograd: bool = False
 ) -> PreparedUNet:
-    """The prepared form of a network as it is now: the former one, unless timesteps or weights have changed.
+    """The prepared form of a network as it is now: a former one, unless timesteps or weights have changed.
 
     Weights are compared by their addresses and versions, and on the CPU also by their norms, since writes by way of
     ``.data`` change no version.
     """
     parameters = list(network.parameters())
     versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
-    key = (
-        tuple(timesteps),
-        dtype or parameters[0].dtype,
-        winograd,
-        versions,
-        parameters[0].dtype,
-        parameters[0].device,
-    )
+    weights = (versions, parameters[0].dtype, parameters[0].device)
     # On a GPU reading these would make the host wait.
     on_cpu = [p.detach() for p in parameters if p.is_cpu]
     norms = torch.stack(torch._foreach_norm(on_cpu)) if on_cpu else torch.zeros(())
-    found = _prepared.get(network)
-    if found is None or found[0] != key or not torch.equal(found[1], norms):
-        found = _prepared[network] = (key, norms, PreparedUNet(network, timesteps, dtype=dtype, winograd=winograd))
+    forms = _prepared.setdefault(network, {})
+    key = (tuple(timesteps), dtype or parameters[0].dtype, winograd)
+    found = forms.get(key)
+    if found is None or found[0] != weights or not torch.equal(found[1], norms):
+        # Forms of weights that are gone are of no more use.
+        stale = [k for k, form in forms.items() if form[0] != weights or not torch.equal(form[1], norms)]
+        for k in stale or list(forms)[: max(0, len(forms) + 1 - KEPT)]:
+            del forms[k]
+        found = forms[key] = (weights, norms, PreparedUNet(network, timesteps, dtype=dtype, winograd=winograd))
     return found[2]
 
 

@@ -192,6 +192,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("available_isas", &available_isas);
     m.def("set_isa", &set_isa);
     m.def("isa", [] { return kernels().name; });
+    m.def("set_pool", [](Pointer parallel) { set_pool(reinterpret_cast<Parallel>(parallel)); });
 #if defined(BERDIFF_EMULATE_AVX512)
     m.attr("emulates_avx512") = true;
 #else

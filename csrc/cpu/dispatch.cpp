@@ -11,8 +11,20 @@
 #include <system_error>
 #include <thread>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
 namespace berdiff {
 namespace {
+
+long process() {
+#if defined(__unix__) || defined(__APPLE__)
+    return static_cast<long>(getpid());
+#else
+    return 1;  // no fork
+#endif
+}
 
 #if defined(BERDIFF_X86)
 // Not every compiler's __builtin_cpu_supports knows this one.
@@ -42,7 +54,47 @@ const std::vector<const Kernels*>& available() {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
+std::atomic<Parallel> pool{nullptr};
+std::atomic<long> pool_process{0};
+
+// Calls part(0), ..., part(count - 1), each once, on some of the threads.
+void in_parallel(std::int64_t count, int threads, const std::function<void(std::int64_t)>& part) {
+    struct Shared {
+        const std::function<void(std::int64_t)>& part;
+        const std::int64_t count;
+        std::atomic<std::int64_t> next;
+    } shared{part, count, {0}};
+    const auto run = [](void* argument) {
+        Shared& s = *static_cast<Shared*>(argument);
+        for (std::int64_t i; (i = s.next.fetch_add(1)) < s.count;) s.part(i);
+    };
+    const Parallel parallel = pool.load(std::memory_order_relaxed);
+    // The pool's threads are not there in the child of a fork.
+    if (count > 1 && parallel && pool_process.load(std::memory_order_relaxed) == process()) {
+        // All its threads, even if there are fewer parts: those that were left out would end, and have to be made
+        // again.
+        parallel(run, &shared, static_cast<unsigned>(threads), 0);
+        return;
+    }
+    std::vector<std::thread> others;
+    others.reserve(static_cast<std::size_t>(count));  // nothing may throw while threads run
+    for (std::int64_t i = 1; i < count; ++i) {
+        try {
+            others.emplace_back(run, &shared);
+        } catch (const std::system_error&) {
+            break;  // No thread to be had: those that are there do the rest.
+        }
+    }
+    run(&shared);
+    for (std::thread& other : others) other.join();
+}
+
 }  // namespace
+
+void set_pool(Parallel parallel) {
+    pool_process = process();
+    pool = parallel;
+}
 
 std::vector<std::string> available_isas() {
     std::vector<std::string> names;
@@ -90,20 +142,7 @@ void for_each_tile(std::int64_t rows, std::int64_t pixels, int threads,
     };
     const std::int64_t worth = std::max<std::int64_t>(1, rows * pixels / pixels_per_thread);
     const std::int64_t count = std::min({static_cast<std::int64_t>(threads), worth, tiles});
-    std::vector<std::thread> others;
-    others.reserve(static_cast<std::size_t>(count));  // nothing may throw while threads run
-    std::int64_t done = tiles;
-    for (std::int64_t i = count - 1; i > 0; --i) {
-        const std::int64_t first = tiles * i / count;
-        try {
-            others.emplace_back(work, first, done);
-        } catch (const std::system_error&) {
-            break;  // No thread to be had: the caller's own does the rest.
-        }
-        done = first;
-    }
-    work(0, done);
-    for (std::thread& other : others) other.join();
+    in_parallel(count, threads, [&](std::int64_t i) { work(tiles * i / count, tiles * (i + 1) / count); });
 }
 
 }  // namespace berdiff
