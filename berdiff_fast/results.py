@@ -19,7 +19,7 @@ import berdiff_fast
 from berdiff_fast import metrics
 from berdiff_fast.files import write_text
 from berdiff_fast.imaging import volumes
-from berdiff_fast.imaging.summary import entropy, spread
+from berdiff_fast.imaging.summary import disagreement, spread
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.scans import SampledVolume
 
@@ -137,7 +137,7 @@ def write(
         volumes.write(stage / names[-1], mask, volume)
     mean = sampled.mean
     volumes.write(stage / f"mean{ending}", mean, volume)
-    volumes.write(stage / f"entropy{ending}", entropy(torch.from_numpy(mean)).numpy(), volume)
+    volumes.write(stage / f"entropy{ending}", disagreement(mean).numpy(), volume)
     segmentations = []
     if volume.format == "dicom" and any(voxels):
         masks = {f"mask {k}": sampled.mask(k) for k in range(sampled.n)}

@@ -226,7 +226,6 @@ class _Tiling:
     size: tuple[int, int]  # of a tile
     tiles: list[tuple[int, int]]  # first row and column of each, which may lie outside
     inside: tuple[int, int, int, int]  # rows and columns that may be marked
-    factor: int  # that the network wants sizes to be multiples of
 
     @classmethod
     def of(
@@ -252,7 +251,7 @@ class _Tiling:
             of_slice = np.delete(np.array(volume.spacing)[::-1], axis)
             scale = [float(s / t) for s, t in zip(of_slice, model.preprocessing.pixel_spacing, strict=True)]
         shape = tuple(max(1, round(size * s)) for size, s in zip(original, scale, strict=True))
-        factor = 1
+        factor = 1  # that the network wants sizes to be multiples of
         if isinstance(model.network, UNet):
             config: Any = model.network.config
             factor = config["patch_size"] * 2 ** (len(config["channel_mult"]) - 1)
@@ -276,7 +275,7 @@ class _Tiling:
             along = [_cover(round(s), x, t, overlap) for s, x, t in zip(starts, lengths, size, strict=True)]
             tiles = [(r, c) for r in along[0] for c in along[1]]
         inside = (round(starts[0]), round(ends[0]), round(starts[1]), round(ends[1]))
-        return cls(original, shape, size, tiles, inside, factor)  # type: ignore[arg-type]
+        return cls(original, shape, size, tiles, inside)  # type: ignore[arg-type]
 
     def cut(self, array: np.ndarray) -> torch.Tensor:
         """The tiles (tiles, h, w) of a slice, filled up with the lowest value where they reach beyond it."""

@@ -20,10 +20,10 @@ from berdiff_fast.imaging.figures import (
     StepRecorder,
     contact_sheet,
     denoising_strip,
-    disagreement,
     overlay,
     reliability_diagram,
 )
+from berdiff_fast.imaging.summary import disagreement
 
 IMAGE = torch.linspace(-1, 1, 24 * 20).view(24, 20)
 SAMPLES = torch.zeros(3, 24, 20, dtype=torch.bool)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scans import bright, scan, small_model, write_series
-from support import threads
+from scans import GEOMETRIES, bright, scan, small_model, write_series
+from support import data_path, threads
 
 import berdiff_fast as bf
 from berdiff_fast import cli, results, scans
@@ -267,6 +267,36 @@ def test_the_command_on_scans(tmp_path, model_path, kind, capsys):
     assert "holds results already" in capsys.readouterr().err
     assert command(path, *options(model_path, tmp_path / "out"), "--seed", 4, "--overwrite") == 0
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").glob("m*[!m]")}, "byte for byte"
+
+
+@needs_imaging
+def test_real_slices_through_a_dicom_series(tmp_path, capsys):
+    """From a series to segmentations, maps and a report: what the bundled model draws on each slice by itself."""
+    import pydicom
+    from highdicom.seg import segread
+
+    with h5py.File(data_path("lidc/val.h5")) as file:
+        images, raters = file["image"][67:71], file["mask"][67:71] > 0  # slices 2 to 5 of a nodule, marked by all four
+    ct = Volume(images.astype(np.int16) * 6 - 1000, **GEOMETRIES["oblique"])
+    write_series(tmp_path / "ct", ct)
+    for k in range(4):
+        volumes.write(tmp_path / f"rater{k}.nii.gz", raters[:, k], ct)
+    theirs = [tmp_path / f"rater{k}.nii.gz" for k in range(4)]
+    arguments = ["--n", 3, "--steps", 3, "--seed", 7, "--output", tmp_path / "out", "--report", "--json", "--quiet"]
+    assert command(tmp_path / "ct", *arguments, "--raters", *theirs) == 0
+    summary = json.loads(capsys.readouterr().out)
+    model = bf.load("lidc")
+    expected = torch.stack([bf.sample(model, model.preprocess(image), 3, 3, seed=7)[0, :, 0] for image in images], 1)
+    assert expected.any((2, 3)).any(0).all(), "something is marked in every slice"
+    uids = [pydicom.dcmread(path).SOPInstanceUID for path in volumes.read(tmp_path / "ct").instances]
+    seg = segread(str(tmp_path / "out" / "masks.dcm"))
+    pixels = seg.get_pixels_by_source_instance(uids, assert_missing_frames_are_empty=True)
+    for k in range(3):
+        assert np.array_equal(pixels[..., k], expected[k])
+        assert np.array_equal(volumes.read(tmp_path / "out" / summary["masks"][k]).array, expected[k])
+    wanted = torch.from_numpy(raters).transpose(0, 1)[None, :, None], expected[None, :, None]
+    assert summary["raters"]["ged"] == pytest.approx(float(bf.metrics.generalized_energy_distance(*wanted)))
+    assert (tmp_path / "out" / "report.html").stat().st_size > 50_000
 
 
 @pytest.mark.parametrize("kind", [".png", ".npy", ".h5"])

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import subprocess
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -121,6 +124,26 @@ def test_segmentation(tmp_path, geometry):
         volumes.write_segmentation(tmp_path / "no.dcm", {"a": box}, volume)
 
 
+@pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dciodvfy is not installed: apt install dicom3tools")
+def test_a_validator_finds_no_fault_with_segmentations(tmp_path):
+    """David Clunie's dciodvfy, which shares no code with what wrote them."""
+
+    def faults(path: Path) -> list[str]:
+        done = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, text=True)
+        return [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("Error", "Warning"))]
+
+    write_series(tmp_path / "ct", scan("oblique"))
+    source = volumes.read(tmp_path / "ct")
+    box = source.array > 0
+    volumes.write_segmentation(tmp_path / "masks.dcm", {"a": box, "b": np.roll(box, 2, axis=2)}, source)
+    volumes.write_segmentation(tmp_path / "mean.dcm", {"mean": 0.4 * box}, source, fractional=True)
+    assert faults(tmp_path / "masks.dcm") == [] and faults(tmp_path / "mean.dcm") == []
+    damaged = pydicom.dcmread(tmp_path / "masks.dcm")
+    del damaged.SegmentSequence[0].SegmentAlgorithmType
+    damaged.save_as(tmp_path / "damaged.dcm")
+    assert any("SegmentAlgorithmType" in line for line in faults(tmp_path / "damaged.dcm"))
+
+
 @pytest.mark.parametrize("ending", [".png", ".tif", ".npy", ".h5"])
 def test_pictures_and_arrays(tmp_path, ending):
     array = np.random.default_rng(1).integers(0, 255, (9, 13), dtype=np.uint8)
@@ -192,6 +215,13 @@ def test_spacing_that_the_file_does_not_tell_is_not_invented(tmp_path):
     data[80:92] = bytes(12)  # pixdim
     (tmp_path / "scan.nii").write_bytes(bytes(data))
     assert volumes.read(tmp_path / "scan.nii").spacing is None
+    for name, key in (("scan.nrrd", b"space directions"), ("scan.mha", b"ElementSpacing")):
+        volumes.write(tmp_path / name, volume.array, volume)
+        assert volumes.read(tmp_path / name).spacing == volume.spacing
+        lines = (tmp_path / name).read_bytes().splitlines(keepends=True)
+        (tmp_path / name).write_bytes(b"".join(line for line in lines if not line.startswith(key)))
+        untold = volumes.read(tmp_path / name)
+        assert untold.spacing is None and np.array_equal(untold.array, volume.array)
 
 
 def test_slopes_that_differ_from_slice_to_slice(tmp_path):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from berdiff_fast.data.layouts import Slice
+from berdiff_fast.files import sync
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def whole(output: Path, overwrite: bool) -> Iterator[Path]:
         new.mkdir()  # with the permissions that people expect; mkdtemp's is private
         yield new
         for path in [*new.iterdir(), new]:
-            _sync(path)
+            sync(path)
         old = temporary / "old"
         try:
             if output.exists() and overwrite:
@@ -135,21 +136,9 @@ def whole(output: Path, overwrite: bool) -> Iterator[Path]:
             if old.exists() and not output.exists():
                 os.rename(old, output)
             raise
-        _sync(output.parent)
+        sync(output.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write one file at, which becomes ``path`` if all goes well and vanishes if not."""
-    path = path.resolve()  # the file behind a link is replaced, not the link
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        new = Path(folder) / path.name
-        yield new
-        _sync(new)
-        os.replace(new, path)
-    _sync(path.parent)
 
 
 class _Disk(io.FileIO):
@@ -217,14 +206,3 @@ def _undisturbed() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if pressed:
         signal.raise_signal(signal.SIGINT)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or where the system can the names in a folder, to the disk."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

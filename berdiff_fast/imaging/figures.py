@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from berdiff_fast import checks, metrics
 from berdiff_fast.files import write_bytes
+from berdiff_fast.imaging.summary import disagreement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,27 +39,6 @@ def require_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError('figures need matplotlib: pip install "berdiff_fast[figures]"') from error
-
-
-def disagreement(mean: Tensor | ArrayLike) -> Tensor:
-    """Return the binary entropy in bits of the share of masks that include each pixel.
-
-    -p log2 p - (1 - p) log2 (1 - p): 0 where all masks agree, 1 where half of them include the pixel.
-
-    Args:
-        mean: probabilities of any shape, in [0, 1].
-
-    Returns:
-        The entropy, of the same shape, floating point.
-
-    Raises:
-        ValueError: ``mean`` holds NaN or a value outside [0, 1].
-    """
-    p = torch.as_tensor(mean).detach()
-    p = p if p.is_floating_point() else p.float()
-    if not bool(((p >= 0) & (p <= 1)).all()):
-        raise ValueError("mean must hold probabilities in [0, 1], got NaN or values outside")
-    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)) / torch.log(p.new_tensor(2.0))
 
 
 def contact_sheet(

@@ -26,7 +26,7 @@ import torch
 from berdiff_fast import checks
 from berdiff_fast.files import write_text
 from berdiff_fast.imaging import tables
-from berdiff_fast.imaging.figures import disagreement
+from berdiff_fast.imaging.summary import disagreement
 
 #: Volumes of more slices than this are shown from the first to the last marked one, and this many beyond.
 _ALL_SLICES, _MARGIN = 40, 3

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
 
 from berdiff_fast import checks
 
@@ -73,7 +75,7 @@ def summarize(
         voxel, unit = math.prod(float(s) for s in spacing), f"mm{dims}"
     return Summary(
         mean=mean,
-        entropy=entropy(mean),
+        entropy=disagreement(mean),
         majority=2 * marked > n,
         quantiles={float(q): marked >= math.ceil(q * n - 1e-9) for q in quantiles},
         sizes=x.flatten(-dims).sum(-1).double() * voxel,
@@ -81,9 +83,25 @@ def summarize(
     )
 
 
-def entropy(mean: torch.Tensor) -> torch.Tensor:
-    """In bits, of a pixel that is marked with probability ``mean``: 0 where masks agree, 1 at a half."""
-    return (torch.special.entr(mean) + torch.special.entr(1 - mean)) / math.log(2)
+def disagreement(mean: Tensor | ArrayLike) -> Tensor:
+    """Return the binary entropy in bits of the share of masks that include each pixel.
+
+    -p log2 p - (1 - p) log2 (1 - p): 0 where all masks agree, 1 where half of them include the pixel.
+
+    Args:
+        mean: probabilities of any shape, in [0, 1].
+
+    Returns:
+        The entropy, of the same shape, floating point.
+
+    Raises:
+        ValueError: ``mean`` holds NaN or a value outside [0, 1].
+    """
+    p = torch.as_tensor(mean).detach()
+    p = p if p.is_floating_point() else p.float()
+    if not bool(((p >= 0) & (p <= 1)).all()):
+        raise ValueError("mean must hold probabilities in [0, 1], got NaN or values outside")
+    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)) / torch.log(p.new_tensor(2.0))
 
 
 def spread(sizes: Sequence[float]) -> Mapping[str, float]:

@@ -24,6 +24,7 @@ import h5py
 import numpy as np
 
 from berdiff_fast.data import pixels
+from berdiff_fast.files import whole_file
 
 #: Formats by the ends of file names.
 FORMATS = {
@@ -172,7 +173,7 @@ def _read_hdf5(path: Path, series: str | None) -> Volume:
 def _read_itk(path: Path, series: str | None) -> Volume:
     sitk = require("SimpleITK")
     kind = _format(path)
-    known = kind != "nifti" or _check_nifti(path)
+    known = _check_nifti(path) if kind == "nifti" else _tells_spacing(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     with _silence():
@@ -288,6 +289,18 @@ def _check_nifti(path: Path) -> bool:
     return all(s > 0 for s in spacing[1 : 1 + min(3, shape[0])])
 
 
+def _tells_spacing(path: Path) -> bool:
+    """Whether the header of an NRRD or a MetaImage, which is lines of text, does; the library puts 1 mm else."""
+    with path.open("rb") as file:
+        for line in iter(lambda: file.readline(4096), b""):
+            key = line.replace(b"=", b":").split(b":")[0].strip().lower()
+            if key in (b"spacings", b"space directions", b"elementspacing", b"elementsize"):
+                return True
+            if line.strip() == b"" or key == b"elementdatafile":  # the last of the header
+                return False
+    return False
+
+
 def _check_series(names: Sequence[str]) -> list[Any]:
     """Headers of slices of one size and spacing that lie parallel and are evenly stacked, as the library assumes."""
     pydicom = require("pydicom")
@@ -338,7 +351,7 @@ def _is_dicom(path: Path) -> bool:
 
 
 def write(path: str | os.PathLike[str], array: np.ndarray, like: Volume) -> None:
-    """Write voxels on the grid of another volume, in the format of the path's ending: beside its place, then renamed.
+    """Write voxels on the grid of another volume, in the format of the path's ending.
 
     Args:
         path: ends in .nii, .nii.gz, .nrrd, .mha, .npy, or as a picture, which holds one slice.
@@ -354,21 +367,16 @@ def write(path: str | os.PathLike[str], array: np.ndarray, like: Volume) -> None
         raise ValueError(f"array must have the shape of its grid, {like.array.shape}, got {array.shape}")
     kind = next((k for k, ends in FORMATS.items() if path.name.lower().endswith(ends)), None)
     headers_alone = path.name.lower().endswith((".nhdr", ".mhd"))
-    temporary = path.with_name(f".writing-{path.name}")
-    try:
+    with whole_file(path) as new:
         if kind == "numpy":
-            with temporary.open("wb") as file:  # np.save would add an ending
+            with new.open("wb") as file:  # np.save would add an ending to .NPY
                 np.save(file, array)
         elif kind == "picture" and len(array) == 1:
-            _write_picture(temporary, array[0])
+            _write_picture(new, array[0])
         elif kind in ("nifti", "nrrd", "metaimage") and not headers_alone:
-            _write_itk(temporary, array, like)
+            _write_itk(new, array, like)
         else:
             raise ValueError(f"path must end as a format that {len(array)} slices can be written in, got {path.name}")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _write_picture(path: Path, array: np.ndarray) -> None:
@@ -387,13 +395,11 @@ def _write_itk(path: Path, array: np.ndarray, like: Volume) -> None:
     image.SetSpacing(like.spacing or (1.0, 1.0, 1.0))
     image.SetOrigin(like.origin)
     image.SetDirection(like.direction.flatten().tolist())
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path.parent} cannot be written to")
     try:
         with _silence():
             sitk.WriteImage(image, str(path), useCompression=path.name.endswith((".gz", ".nrrd", ".mha")))
     except RuntimeError as error:
-        raise OSError(f"{path.name.removeprefix('.writing-')} cannot be written: {_line(error)}") from None
+        raise OSError(f"{path.name} cannot be written: {_line(error)}") from None
 
 
 def write_segmentation(
@@ -407,7 +413,7 @@ def write_segmentation(
     """A DICOM segmentation that refers to the series it was made from, by highdicom.
 
     Args:
-        path: the file, written beside its place and renamed.
+        path: the file.
         masks: a segment for each name: bool (S, H, W), or with ``fractional`` probabilities in [0, 1], kept in steps of
             1 / 255. Slices where a segment is empty are left out.
         like: a volume that was read from DICOM.
@@ -442,8 +448,6 @@ def write_segmentation(
         )
         for number, name in enumerate(marked, start=1)
     ]
-    path = Path(path)
-    temporary = path.with_name(f".writing-{path.name}")
     pixels_ = np.stack([*marked.values()], axis=-1).astype(np.float32 if fractional else np.uint8)
     content = hashlib.sha256(pixels_.tobytes()).hexdigest()
     with warnings.catch_warnings():
@@ -464,12 +468,8 @@ def write_segmentation(
             content_description=description[:64] or None,
         )
         file.SeriesDescription = description[:64]
-        try:
-            file.save_as(temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with whole_file(path) as new:
+            file.save_as(new)
 
 
 def _uid(like: Volume, *names: str) -> str:
