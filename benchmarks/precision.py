@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=16)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # what torch takes convolutions in float32 for
     model = bf.load(args.model).to(device)
     data = RaterDataset(args.data)
     ways = {k: v for k, v in WAYS.items() if device == "cpu" or "Winograd" not in k}

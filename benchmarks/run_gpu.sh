@@ -4,7 +4,7 @@
 #   bash benchmarks/run_gpu.sh [FOLDER]
 # Leaves in the folder (default: benchmarks/results/gpu), most important first, so that a run cut short keeps it:
 #   build.log, tests.log, tests.xml       what was built, what passed
-#   bench.json, bench.md, bench.png       the whole call and the kernels against PyTorch; per contender the launches and
+#   bench.json                            the whole call and the kernels against PyTorch; per contender the launches and
 #                                         waits of the host and the kernels that took the time (the profile's summary)
 #   kernels.json, training.json           kernels at 64 M pixels; training images per second
 #   compiled/                             the call against torch.compile, which compiles for minutes
@@ -35,7 +35,8 @@ within() {
         return
     fi
     echo "== at ${SECONDS} s: $*"
-    timeout "$((seconds < left ? seconds : left))" "$@" || {
+    # As Ctrl-C: pytest then reports, and the trainer, which saves at a SIGTERM and returns, ends.
+    timeout --signal INT --kill-after 10 "$((seconds < left ? seconds : left))" "$@" || {
         echo "status $?: $*"
         failed=1
     }
@@ -47,7 +48,11 @@ tests() {
 }
 
 : >"$out/tests.log"
-tests 120 "$repository/tests/test_gpu.py" "$repository/tests/test_equal_bits.py" --junitxml "$out/tests.xml"
+parallel=() by_file=()
+python3 -c "import xdist" 2>/dev/null && parallel=(-n 8) by_file=(-n 8 --dist loadfile)
+tests 90 "$repository/tests/test_gpu.py" --junitxml "$out/tests.xml"
+BERDIFF_FAST_TEST_VARIANTS="cuda,triton,reference on the GPU" \
+    tests 90 "$repository/tests/test_equal_bits.py" "${parallel[@]}" --junitxml "$out/tests_bits.xml"
 within 130 python3 -m berdiff_fast.cli bench --device cuda --output "$out" --only "steps=10), 128 x 128, published" --no-compile
 within 60 python3 -m berdiff_fast.cli bench --device cuda --output "$out" --append --only kernel loss metrics --no-compile
 within 60 python3 "$repository/benchmarks/kernels_gpu.py" --output "$out/kernels.json"
@@ -56,6 +61,10 @@ if python3 -c "import accelerate" 2>/dev/null; then
 else
     within 60 python3 -m berdiff_fast.cli bench --device cuda --output "$out/training" --only training --no-compile
 fi
-within 180 python3 -m berdiff_fast.cli bench --device cuda --output "$out/compiled" --only "steps=10), 128 x 128, published"
-tests 200 "$repository/tests" --ignore "$repository/tests/test_gpu.py" --ignore "$repository/tests/test_equal_bits.py"
+within 150 python3 -m berdiff_fast.cli bench --device cuda --output "$out/compiled" \
+    --only "steps=10), 128 x 128, published" --contenders compile "ours, bfloat16"
+tests 200 "$repository/tests" "${by_file[@]}" \
+    --ignore "$repository/tests/test_gpu.py" --ignore "$repository/tests/test_equal_bits.py"
+# Tables and picture are made again from the JSON: berdiff-fast bench --from bench.json --update README.md
+rm -f "$out"/{,compiled/}bench.{md,png}
 exit $failed

@@ -6,16 +6,19 @@
 
 The published recipe, written again in plain PyTorch: float32, the network run twice per step (once for each term of
 the loss), noise by torch.bernoulli, one small operation after another. Ours is the trainer itself, data loading
-included, on slices made for the purpose. Both in one run. Figures count on a GPU only; ``--small`` tries it on a CPU.
+included, on slices made for the purpose. Both in one run. What does not fit into the memory is tried with half the
+batch, and says so. Figures count on a GPU only; ``--small`` tries it on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -58,7 +61,7 @@ def trainer(folder: Path, batch: int, size: int, network: dict, steps: int, **op
         with h5py.File(file, "w") as f:
             f["image"] = ((cases.images[:, 0] + 1) * 127).to(torch.uint8).numpy()
             f["mask"] = cases.raters[:, :, 0].to(torch.uint8).numpy()
-    output = folder / "-".join(["run", *map(str, options.values())])
+    output = folder / "-".join(["run", str(batch), *map(str, options.values())])
     loop.train(
         TrainConfig(
             train_data=str(file),
@@ -74,6 +77,20 @@ def trainer(folder: Path, batch: int, size: int, network: dict, steps: int, **op
     )
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     return {"images_per_second": statistics.median(line["images_per_second"] for line in lines[1:]), **options}
+
+
+def fitting(measure: Callable[[int], dict], batch: int) -> dict:
+    """What ``measure`` says of the largest batch that fits: this one, or half of it, and so on."""
+    while True:
+        try:
+            return {"batch": batch, **measure(batch)}
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        # Out of the handler, which keeps the failed attempt's tensors alive.
+        batch //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def flops_per_image(network: dict, size: int) -> int:
@@ -98,8 +115,8 @@ def main() -> None:
     flops = flops_per_image(network, size)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     peak = next((v for k, v in PEAK.items() if k in name), None)
-    results: dict = {"device": name, "torch": torch.__version__, "batch": args.batch, "flops_per_image": flops}
-    results["published_recipe"] = published(args.batch, size, network, args.steps, device)
+    results: dict = {"device": name, "torch": torch.__version__, "flops_per_image": flops}
+    results["published_recipe"] = fitting(lambda b: published(b, size, network, args.steps, device), args.batch)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for options in (
@@ -107,7 +124,10 @@ def main() -> None:
             {"precision": "bf16", "channels_last": True},
             *([{"precision": "bf16", "channels_last": True, "compile": True}] if device.type == "cuda" else []),
         ):
-            row = trainer(Path(folder), args.batch, size, network, args.steps, workers=args.workers, **options)
+            row = fitting(
+                lambda b, o=options: trainer(Path(folder), b, size, network, args.steps, workers=args.workers, **o),  # type: ignore[misc]
+                args.batch,
+            )
             row["ratio"] = row["images_per_second"] / results["published_recipe"]["images_per_second"]
             if peak:
                 row["mfu"] = row["images_per_second"] * flops / peak

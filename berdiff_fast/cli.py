@@ -304,6 +304,9 @@ def _add_bench(commands: Any) -> None:
     command.add_argument("--quick", action="store_true", help="leave out what takes minutes on a laptop")
     command.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
     command.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases with one of these words")
+    command.add_argument(
+        "--contenders", nargs="+", default=[], metavar="WORD", help="these, and what they are compared with"
+    )
     command.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(default: %(default)s)")
     command.add_argument(
         "--published", metavar="CHECKOUT", help="a checkout of the published code, which is run and timed too"
@@ -338,7 +341,7 @@ def _bench(options: argparse.Namespace) -> int:
             raise ValueError(f"only: no case has one of {options.only} in its name or group")
         folder = Path(options.output)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = Settings(device, seconds=10.0 if options.quick else 60.0)
+        settings = Settings(device, seconds=10.0 if options.quick else 60.0, contenders=options.contenders)
         file = folder / "bench.json"
         former = json.loads(file.read_text(encoding="utf-8")) if options.append and file.is_file() else None
         measured = report.measure(chosen, settings, file, former=former)

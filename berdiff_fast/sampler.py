@@ -167,7 +167,7 @@ class Sampler:
         self.final = final
         self.max_batch = None if max_batch is None else checks.integer("max_batch", max_batch, 1)
         self.prepare, self.dtype, self.backend = prepare, dtype, backend
-        self._on_device: dict[torch.device, torch.Tensor] = {}
+        self._on_device: dict[Any, torch.Tensor] = {}
         #: Graphs of a network that is run as it is.
         self.graphs: dict[Any, graph.Graph | bool] = {}
         #: What masks depend on beside images, seeds and weights.
@@ -191,11 +191,16 @@ class Sampler:
         img = _image(img, self.model, device, dtype)
         select.get(self.backend, img.device.type)  # raises here, before any work, if it cannot run
         seeds = _seeds(seed, img.shape[0]).to(img.device, non_blocking=True)
-        if img.device not in self._on_device:
-            self._on_device[img.device] = self._table.float().to(img.device)
-        call = _Call(self, img, seeds, first_sample, self._on_device[img.device])
+        call = _Call(self, img, seeds, first_sample, self._coefficients(img.device))
         with _evaluating(self.model), torch.no_grad(), _bar(call, progress) as advance:
             return call.run(self._network(dtype, dtype != own, img.device), return_probability, advance)
+
+    def _coefficients(self, device: torch.device) -> torch.Tensor:
+        """The table on the device, where nothing waits for its coming: each stream has its own, in its own order."""
+        where = (device, torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else device
+        if where not in self._on_device:
+            self._on_device[where] = self._table.float().to(device, non_blocking=True)
+        return self._on_device[where]
 
     def _network(self, dtype: torch.dtype, converted: bool, device: torch.device) -> _Network:
         model: Any = self.model

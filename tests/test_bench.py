@@ -62,6 +62,14 @@ def test_turns():
     assert [t[0] for t in turns] == ["slow", "b", "c", "slow"], "each is first in turn"
 
 
+def test_some_contenders():
+    told = []
+    settings = Settings(rounds=1, contenders=["fast", "abs"])
+    case = toy_case(passing("slow"), passing("b"), passing("faster"), ("absent", "why"))
+    result = run(case, settings, progress=False, timed=lambda r: told.append([c["name"] for c in r.contenders]))
+    assert told == [["slow", "faster", "absent"]] and "seconds" in result.contenders[1]
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "y_0"])
 def test_baselines_draw_the_same_masks(prediction):
     """Given the contract's random numbers, what plain PyTorch computes are our masks."""

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import warnings
 
 import pytest
 import torch
@@ -409,6 +411,24 @@ def test_what_cannot_be_captured_is_said_once(monkeypatch, caplog):
     assert [r.getMessage() for r in caplog.records] == [
         "no CUDA graph, so every kernel is launched by itself: operation not permitted when stream is capturing"
     ] * 2
+
+
+def test_waiting_is_seen_of_this_thread_alone(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def wait():  # as torch does in the mode "warn"
+        warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+
+    with graph._host_must_not_wait():
+        warnings.warn("another warning", UserWarning, stacklevel=1)
+        other = threading.Thread(target=wait)
+        other.start()
+        other.join()
+    with pytest.raises(RuntimeError, match="called a synchronizing"), graph._host_must_not_wait():
+        wait()
+    assert modes == ["warn", 0] * 2
 
 
 def test_out_of_memory_is_passed_on(monkeypatch):

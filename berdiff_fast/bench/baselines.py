@@ -271,7 +271,7 @@ def plain_loss(
     """KL + BCE in bits per pixel (BerDiff, eq. 8) of masks (N, ...) in float32; (N,)."""
     shape = (-1, *[1] * (logits.ndim - 1))
     A_prev = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alphas_cumprod[:-1]])
-    alpha, A_prev = (table[t].float().reshape(shape) for table in (schedule.alphas, A_prev))
+    alpha, A_prev = (table.to(t.device)[t].float().reshape(shape) for table in (schedule.alphas, A_prev))
     epsilon = (y_t - y_0).abs()
     bce = F.binary_cross_entropy_with_logits(logits, epsilon, reduction="none")
     predicted = (y_t - torch.sigmoid(logits)).abs()

@@ -91,9 +91,12 @@ def _step(device: str) -> Case:
         sigma = (1 - A[step]) / (1 - A[step + 1])
 
         def plain(draw: baselines.Draw, rows: int = masks) -> torch.Tensor:
-            probability = torch.sigmoid(z[:rows].float())
-            mean = sigma * y[:rows] + (1 - sigma) * (y[:rows] - probability).abs()
-            return draw(mean, y[:rows], 0, taus[step])
+            before, probability = y[:rows].float(), torch.sigmoid(z[:rows].float())
+            mean = sigma * before + (1 - sigma) * (before - probability).abs()
+            return draw(mean, before, 0, taus[step]).to(dtype)
+
+        def rand_less(mean: torch.Tensor, *_: Any) -> torch.Tensor:
+            return (torch.rand_like(mean) < mean).to(dtype)
 
         def near() -> dict[str, Any]:
             return same_masks(plain(baselines.as_contracted(0), first).bool(), expected.bool())
@@ -107,7 +110,7 @@ def _step(device: str) -> Case:
                 functools.partial(equal_bits, backend),
                 ours=backend != "reference",
             )
-        yield Contender("plain PyTorch, rand_like(p) < p", functools.partial(plain, baselines.rand_less), near)
+        yield Contender("plain PyTorch, rand_like(p) < p", functools.partial(plain, rand_less), near)
         if device == "cpu":
             yield Contender("plain PyTorch, Binomial (published)", functools.partial(plain, baselines.binomial), near)
         p = torch.rand_like(z)

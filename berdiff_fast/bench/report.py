@@ -18,7 +18,7 @@ import torch
 
 from berdiff_fast import info
 from berdiff_fast.bench import ceilings
-from berdiff_fast.bench.runner import Case, Settings, run
+from berdiff_fast.bench.runner import Case, Result, Settings, run
 from berdiff_fast.files import write_text
 
 #: Tables go between these lines of a Markdown file.
@@ -60,10 +60,15 @@ def measure(
             raise ValueError(f"append: {output} is of another machine, date, source or of other settings")
         names = {case.name for case in cases}
         report["cases"] = [{"ceilings": former["ceilings"], **c} for c in former["cases"] if c["case"] not in names]
-    for case in cases:
-        result = run(case, settings, progress)
-        report["cases"].append(asdict(result))
+    former_cases = report["cases"]
+
+    def save(result: Result) -> None:
+        report["cases"] = [*former_cases, asdict(result)]
         write_text(output, json.dumps(report, indent=1) + "\n")
+
+    for case in cases:
+        save(run(case, settings, progress, timed=save))
+        former_cases = report["cases"]
         if progress:
             print(_table(report, report["cases"][-1]), flush=True)
         torch.compiler.reset()  # compiled graphs keep their weights
@@ -84,7 +89,8 @@ def tables(report: dict[str, Any], groups: Sequence[str] = ()) -> str:
     where = machine["gpu"] if report["settings"]["device"] == "cuda" else machine["cpu"]
     threads = "" if report["settings"]["device"] == "cuda" else f", {machine['threads']} threads"
     ours = ", ".join(f"{k} {v}" for k, v in machine["packages"].items() if k in ("torch", "triton") and v)
-    found = [f"{where}{threads}, {ours}, {report['date']}."]
+    tf32 = " Convolutions in float32 are in TF32, torch's default." if report["settings"]["device"] == "cuda" else ""
+    found = [f"{where}{threads}, {ours}, {report['date']}.{tf32}"]
     found += [_table(report, case) for case in report["cases"] if not groups or case["group"] in groups]
     return "\n\n".join(found) + "\n"
 

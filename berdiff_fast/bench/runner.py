@@ -8,6 +8,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,13 @@ class Settings:
         device: "cpu" or "cuda".
         rounds: turns at most.
         seconds: a case stops taking turns when this much time has gone into it, after five.
+        contenders: only those with one of these words in their names, and baselines; all if empty.
     """
 
     device: str = "cpu"
     rounds: int = 15
     seconds: float = 20.0
+    contenders: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -89,12 +92,20 @@ class Result:
     contenders: list[dict[str, Any]] = field(default_factory=list)
 
 
-def run(case: Case, settings: Settings, progress: bool = True) -> Result:
-    """Gate all contenders of a case, then time those that passed, in turns."""
+def run(
+    case: Case, settings: Settings, progress: bool = True, timed: Callable[[Result], None] = lambda result: None
+) -> Result:
+    """Gate all contenders of a case, then time those that passed, in turns.
+
+    ``timed`` is told the result when all is timed; what a profiler adds on a GPU, which may take long, comes after it.
+    """
     result = Result(case.name, case.group, case.unit, case.amount, case.flops, case.bytes, case.baseline)
     ready: list[tuple[Contender, dict[str, Any]]] = []
     with tqdm(desc=case.name, unit="turn", disable=not progress, leave=False) as bar:
         for contender in case.contenders():
+            name = contender[0] if isinstance(contender, tuple) else contender.name
+            if settings.contenders and name != case.baseline and not any(w in name for w in settings.contenders):
+                continue
             if isinstance(contender, tuple):
                 result.contenders.append({"name": contender[0], "why_not": contender[1]})
                 continue
@@ -103,9 +114,13 @@ def run(case: Case, settings: Settings, progress: bool = True) -> Result:
             result.contenders.append(row)
             try:
                 memory = _Memory(settings.device)
-                row |= {"gate": contender.gate() or {}}
+                with _exact(settings.device):
+                    row |= {"gate": contender.gate() or {}}
+                if settings.device == "cuda":
+                    contender.run()  # warm: compilers, and graphs, which are captured at a second call
+                    contender.run()
                 memory.watch()
-                contender.run()  # warm: caches, compilers
+                contender.run()
                 row["peak_bytes"] = memory.peak()
             except AssertionError as error:
                 row["why_not"] = f"wrong result, not timed: {error}"
@@ -131,8 +146,10 @@ def run(case: Case, settings: Settings, progress: bool = True) -> Result:
         if base:
             # Of each turn: both saw the same clock.
             row["speedup"] = statistics.median(b / t for b, t in zip(base, taken, strict=True))
-        if settings.device == "cuda":
-            row |= _on_gpu(contender.run)
+    timed(result)
+    if settings.device == "cuda":
+        for contender, row in ready:
+            row["profile"] = _profile(contender.run, row["seconds"])
     gc.collect()
     return result
 
@@ -155,9 +172,20 @@ def _spread(times: list[float]) -> float:
     return (high - low) / middle
 
 
+@contextmanager
+def _exact(device: str) -> Iterator[None]:
+    """Gates compare algorithms, so on a GPU without TF32, which torch's convolutions are timed with by default."""
+    if device != "cuda":
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 class _Memory:
     """The most memory that a run takes, beside what was in use when this was made: what a contender prepared for
-    itself counts, its inputs do not. None where the system does not tell."""
+    itself counts, its inputs do not. None where the system does not tell. On a GPU it is what was taken from the
+    device, which has graphs and workspaces in it."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -166,6 +194,7 @@ class _Memory:
     def watch(self) -> None:
         """From here on."""
         if self.device == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             return
         self._now()
@@ -176,13 +205,14 @@ class _Memory:
 
     def peak(self) -> int | None:
         if self.device == "cuda":
-            return torch.cuda.max_memory_allocated() - (self.before or 0)
+            return torch.cuda.max_memory_reserved() - (self.before or 0)
         return None if self.before is None else max(0, self._resident("VmHWM") - self.before)
 
     def _now(self) -> int | None:
         gc.collect()
         if self.device == "cuda":
-            return torch.cuda.memory_allocated()
+            torch.cuda.empty_cache()
+            return torch.cuda.memory_reserved()
         try:
             ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed
             return self._resident("VmRSS")
@@ -195,14 +225,19 @@ class _Memory:
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 
-def _on_gpu(function: Callable[[], Any]) -> dict[str, Any]:
-    """What the host did: launches, waits and allocations, and which kernels took the time."""
+def _profile(function: Callable[[], Any], seconds: float) -> dict[str, Any]:
+    """What the host did in a run: launches, waits and allocations, and which kernels took the time."""
     from torch.profiler import ProfilerActivity, profile
 
+    if seconds > 1:
+        return {"why_not": "it takes longer than a second, and its profile minutes"}
     before = torch.cuda.memory_stats()["num_device_alloc"]
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        function()
-    averages = profiler.key_averages()
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            function()
+        averages = profiler.key_averages()
+    except RuntimeError as error:  # of the profiler's: what was timed is worth keeping
+        return {"why_not": str(error)}
     events = {e.key: e.count for e in averages}
     launches = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
     waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")

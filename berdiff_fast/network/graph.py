@@ -20,6 +20,10 @@ Draw = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 #: Graphs that are kept of a network, each with the memory of its activations.
 KEPT = 4
 
+# One graph is captured at a time in a process. Those of a device take turns, too: they may share a library's workspace.
+_lock = threading.RLock()
+_last: dict[torch.device, torch.cuda.Event] = {}
+
 
 def captured(
     graphs: dict[Any, Graph | bool],
@@ -46,21 +50,22 @@ def captured(
     if torch.is_autocast_enabled(img.device.type):
         return None
     key = (tuple(img.shape), img.dtype, img.device, *key)
-    if key not in graphs:
-        while len(graphs) >= KEPT:
-            graphs.pop(next(iter(graphs)))
-        graphs[key] = True
-        return None
-    if graphs[key] is True:
-        try:
-            graphs[key] = Graph(draw, img, seeds, flags, keep, check)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            logger.warning("no CUDA graph, so every kernel is launched by itself: %s", error)
-            graphs[key] = False
-    found = graphs[key]
-    return found if isinstance(found, Graph) else None
+    with _lock:
+        if key not in graphs:
+            while len(graphs) >= KEPT:
+                graphs.pop(next(iter(graphs)))
+            graphs[key] = True
+            return None
+        if graphs[key] is True:
+            try:
+                graphs[key] = Graph(draw, img, seeds, flags, keep, check)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                logger.warning("no CUDA graph, so every kernel is launched by itself: %s", error)
+                graphs[key] = False
+        found = graphs[key]
+        return found if isinstance(found, Graph) else None
 
 
 class Graph:
@@ -79,7 +84,7 @@ class Graph:
     """
 
     def __init__(self, draw: Draw, img: torch.Tensor, seeds: torch.Tensor, flags: int, keep: Any, check: bool) -> None:
-        self._keep, self._lock, self._done = keep, threading.Lock(), torch.cuda.Event()
+        self._keep = keep
         self._graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream(img.device)
         aside = torch.cuda.Stream(img.device)
@@ -96,7 +101,7 @@ class Graph:
                     if check:
                         with _host_must_not_wait():
                             expected = draw(*inputs)
-                    with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                    with torch.cuda.graph(self._graph, stream=aside, capture_error_mode="thread_local"):
                         self._flags.zero_()
                         self._masks = draw(*inputs)
                     if check:
@@ -108,27 +113,41 @@ class Graph:
 
     def replay(self, img: torch.Tensor, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Masks and flags of these images. Threads and streams take turns."""
-        with self._lock:
+        with _lock:
             stream = torch.cuda.current_stream(img.device)
-            stream.wait_event(self._done)
+            done = _last.setdefault(img.device, torch.cuda.Event())
+            stream.wait_event(done)
             self._img.copy_(img)
             self._seeds.copy_(seeds)
             self._graph.replay()
             found = self._masks.clone(), self._flags.clone()
-            self._done.record(stream)
+            done.record(stream)
         return found
 
 
 @contextmanager
 def _host_must_not_wait() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
+    """Raises a RuntimeError if this thread waited for the device.
+
+    By warnings: the mode holds for all threads, and as an error it would break what others do.
+    """
+    waited: list[str] = []
+    before, thread = torch.cuda.get_sync_debug_mode(), threading.get_ident()
+
+    def note(message: Warning | str, *_: Any, **__: Any) -> None:
+        if threading.get_ident() == thread and "called a synchronizing" in str(message):
+            waited.append(str(message))
+
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    if waited:
+        raise RuntimeError(waited[0])
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
