@@ -152,7 +152,10 @@ def _sample(options: argparse.Namespace) -> int:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     volume = volumes.read(options.input, series=options.series)
-    raters = results.check_raters([volumes.read(path) for path in options.raters], volume)
+    if options.series is not None and volume.format != "dicom":
+        raise ValueError(f"series: {options.input} is not a DICOM folder")
+    theirs = [volumes.read(path) for path in options.raters]
+    raters = results.check_raters(theirs, volume)
     model = load(options.model).to(device)
     given: dict[str, Any] = dict(
         seed=options.seed,
@@ -166,7 +169,7 @@ def _sample(options: argparse.Namespace) -> int:
         max_batch=options.max_batch,
         prepare="winograd" if options.winograd else True,
     )
-    with results.folder(options.output, overwrite=options.overwrite) as work:
+    with results.folder(options.output, volume, options.n, raters=theirs, overwrite=options.overwrite) as work:
         sampled = scans.sample_volume(
             model, volume, options.n, options.steps, work=work, progress=not options.quiet, **given
         )
@@ -195,8 +198,7 @@ def _report(options: argparse.Namespace) -> int:
     from berdiff_fast import results
     from berdiff_fast.imaging import volumes
 
-    volume = None if options.input is None else volumes.read(options.input)
-    print(results.report_again(options.folder, volume, [volumes.read(path) for path in options.raters]))
+    print(results.report_again(options.folder, options.input, [volumes.read(path) for path in options.raters]))
     return 0
 
 

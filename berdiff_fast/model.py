@@ -267,13 +267,14 @@ def load(name_or_path: str | os.PathLike[str]) -> BerDiff:
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise TypeError(f"name_or_path must be a name or a path, got {type(name_or_path).__name__}")
     path = Path(name_or_path)
-    if not path.exists():
-        if str(name_or_path) not in bundled_models():
-            raise FileNotFoundError(
-                f"name_or_path: no file or directory {str(name_or_path)!r}, and no bundled model of that name "
-                f"(there are {bundled_models()})"
-            )
+    bundled = str(name_or_path) in bundled_models()
+    if bundled and not (path.is_file() or (path / _WEIGHTS).is_file()):  # a folder of that name may hold anything
         path = _BUNDLED / str(name_or_path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"name_or_path: no file or directory {str(name_or_path)!r}, and no bundled model of that name "
+            f"(there are {bundled_models()})"
+        )
     file = path / _WEIGHTS if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"name_or_path: {path} has no {_WEIGHTS}")

@@ -21,7 +21,7 @@ from berdiff_fast.files import write_text
 from berdiff_fast.imaging import volumes
 from berdiff_fast.imaging.summary import disagreement, spread
 from berdiff_fast.imaging.volumes import Volume
-from berdiff_fast.scans import SampledVolume
+from berdiff_fast.scans import SampledVolume, sampled_region
 
 logger = logging.getLogger("berdiff_fast")
 
@@ -41,23 +41,41 @@ _ENDINGS = {
 
 
 @contextlib.contextmanager
-def folder(output: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+def folder(
+    output: str | os.PathLike[str], volume: Volume, n: int, *, raters: Sequence[Volume] = (), overwrite: bool = False
+) -> Iterator[Path]:
     """The folder of results, to be filled; yields one inside for what is unfinished, which is removed in the end.
 
     After an interruption, or an error once slices are done, that stays, and the same call goes on there. After any
     other error nothing is left.
 
+    Args:
+        output: the folder; made if it is not there.
+        volume, raters: what is read, which is never written over.
+        n: how many masks there will be.
+        overwrite: replace earlier results, and files that have the names of results.
+
     Raises:
-        FileExistsError: it holds results, and ``overwrite`` is False.
+        FileExistsError: it holds results or files with their names, and ``overwrite`` is False; or what is read.
+        ValueError: it has a summary that is not of results, which is not replaced.
         OSError: it cannot be made or written to.
     """
     root = Path(output)
     if root.exists() and not root.is_dir():
         raise FileExistsError(f"output must be a folder, and {root} is a file")
-    if (root / SUMMARY).exists() and not overwrite:
-        raise FileExistsError(f"output: {root} holds results already; choose another folder, or overwrite them")
-    made = [p for p in (root, *root.parents) if not p.exists()]
     work = root / WORK
+    if (root / SUMMARY).exists():
+        _read_summary(root)
+        if not overwrite:
+            raise FileExistsError(f"output: {root} holds results already; choose another folder, or overwrite them")
+    there = [name for name in _names(volume, n) if (root / name).exists()]
+    read = {one.path.resolve() for one in (volume, *raters)}
+    for name in there:
+        if (root / name).resolve() in read:
+            raise FileExistsError(f"output: {root / name} is read, and would be written over; choose another folder")
+    if there and not overwrite and not (work / "done").exists():
+        raise FileExistsError(f"output: {root} holds {there[0]}, which is of no results; choose another folder")
+    made = [p for p in (root, *root.parents) if not p.exists()]
     try:
         work.mkdir(parents=True, exist_ok=True)
         yield work
@@ -70,6 +88,27 @@ def folder(output: str | os.PathLike[str], *, overwrite: bool = False) -> Iterat
                     path.rmdir()
         raise
     shutil.rmtree(work)
+
+
+def _names(volume: Volume, n: int) -> list[str]:
+    """Names of what is written: masks, mean and entropy, and what there may be beside."""
+    ending = _ENDINGS[volume.format]
+    if ending == ".png" and len(volume.array) > 1:
+        ending = ".npy"
+    digits = max(3, len(str(n - 1)))
+    masks = [f"mask_{k:0{digits}d}{ending}" for k in range(n)]
+    return [*masks, f"mean{ending}", f"entropy{ending}", "masks.dcm", "mean.dcm", "report.html"]
+
+
+def _read_summary(root: Path) -> dict[str, Any]:
+    """Of results; ValueError if it is not."""
+    try:
+        summary = json.loads((root / SUMMARY).read_text(encoding="utf-8"))
+        if not {"masks", "mean", "entropy", "segmentations", "input", "input_sha256"} <= summary.keys():
+            raise ValueError("it has other keys")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{root / SUMMARY} is not of results of berdiff-fast sample: {error}") from None
+    return summary
 
 
 def check_raters(raters: Sequence[Volume], volume: Volume) -> np.ndarray | None:
@@ -125,37 +164,26 @@ def write(
     stage = work / "results"
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
-    ending = _ENDINGS[volume.format]
-    if ending == ".png" and len(volume.array) > 1:
-        ending = ".npy"
-    digits = max(3, len(str(sampled.n - 1)))
-    names, voxels = [], []
-    for k in range(sampled.n):
+    *names, mean_name, entropy_name = _names(volume, sampled.n)[: sampled.n + 2]
+    voxels = []
+    for k, name in enumerate(names):
         mask = sampled.mask(k)
-        names.append(f"mask_{k:0{digits}d}{ending}")
         voxels.append(int(mask.sum()))
-        volumes.write(stage / names[-1], mask, volume)
+        volumes.write(stage / name, mask, volume)
     mean = sampled.mean
-    volumes.write(stage / f"mean{ending}", mean, volume)
-    volumes.write(stage / f"entropy{ending}", disagreement(mean).numpy(), volume)
-    segmentations = []
-    if volume.format == "dicom" and any(voxels):
-        masks = {f"mask {k}": sampled.mask(k) for k in range(sampled.n)}
-        volumes.write_segmentation(stage / "masks.dcm", masks, volume, description="berdiff_fast: sampled masks")
-        description = "berdiff_fast: share of masks"
-        volumes.write_segmentation(stage / "mean.dcm", {"mean": mean}, volume, fractional=True, description=description)
-        segmentations = ["masks.dcm", "mean.dcm"]
-
+    volumes.write(stage / mean_name, mean, volume)
+    volumes.write(stage / entropy_name, disagreement(mean).numpy(), volume)
     summary = {
         **provenance,
         "masks": names,
-        "mean": f"mean{ending}",
-        "entropy": f"entropy{ending}",
-        "segmentations": segmentations,
+        "mean": mean_name,
+        "entropy": entropy_name,
+        "segmentations": _segmentations(stage, sampled, mean) if volume.format == "dicom" and any(voxels) else [],
         "sizes": _sizes(voxels, volume),
     }
     if raters is not None:
-        summary["raters"] = _against(sampled, raters)
+        raters, outside = _where_sampled(raters, provenance)
+        summary["raters"] = {**_against(sampled, raters), "voxels_not_compared": outside}
     if report:
         try:
             _report(stage / "report.html", volume, sampled.masks, raters, provenance)
@@ -169,12 +197,46 @@ def write(
     return summary
 
 
-def report_again(folder: str | os.PathLike[str], volume: Volume | None, raters: Sequence[Volume] = ()) -> Path:
+def _segmentations(stage: Path, sampled: SampledVolume, mean: np.ndarray) -> list[str]:
+    """Write them; none, with a warning, of a series that lacks what a segmentation has to say."""
+    masks = {f"mask {k}": sampled.mask(k) for k in range(sampled.n)}
+    try:
+        volumes.write_segmentation(
+            stage / "masks.dcm", masks, sampled.volume, description="berdiff_fast: sampled masks"
+        )
+        volumes.write_segmentation(
+            stage / "mean.dcm",
+            {"mean": mean},
+            sampled.volume,
+            fractional=True,
+            description="berdiff_fast: share of masks",
+        )
+    except OSError:
+        raise
+    except Exception as error:  # no reason to throw masks away
+        logger.warning("no DICOM segmentation of %s: %s", sampled.volume.path, error)
+        (stage / "masks.dcm").unlink(missing_ok=True)
+        return []
+    return ["masks.dcm", "mean.dcm"]
+
+
+def _where_sampled(raters: np.ndarray, plan: dict[str, Any]) -> tuple[np.ndarray, int]:
+    """Raters' masks where masks were drawn, and how many voxels that they marked lie elsewhere."""
+    inside = raters & sampled_region(plan, raters.shape[1:])
+    outside = int(raters.sum()) - int(inside.sum())
+    if outside:
+        logger.warning("raters: %d voxels that they marked lie where nothing was sampled; not compared", outside)
+    return inside, outside
+
+
+def report_again(
+    folder: str | os.PathLike[str], scan: str | os.PathLike[str] | None = None, raters: Sequence[Volume] = ()
+) -> Path:
     """``report.html`` of results that are there.
 
     Args:
         folder: of results.
-        volume: the scan, where it is no longer where the summary says.
+        scan: where it is, if no longer where the summary says.
         raters: masks on its grid, to compare with.
 
     Raises:
@@ -183,13 +245,16 @@ def report_again(folder: str | os.PathLike[str], volume: Volume | None, raters: 
     root = Path(folder)
     if not (root / SUMMARY).is_file():
         raise FileNotFoundError(f"{root} holds no results: there is no {SUMMARY}")
-    summary = json.loads((root / SUMMARY).read_text(encoding="utf-8"))
-    volume = volumes.read(summary["input"], series=summary["series"]) if volume is None else volume
+    summary = _read_summary(root)
+    volume = volumes.read(summary["input"] if scan is None else scan, series=summary["series"])
     if volume.fingerprint() != summary["input_sha256"]:
         raise ValueError(f"{volume.path} is not what the results in {root} were made of: voxels or geometry differ")
     masks = np.stack([volumes.read(root / name).array != 0 for name in summary["masks"]])
     provenance = {k: v for k, v in summary.items() if k not in _RESULTS}
-    _report(root / "report.html", volume, masks, check_raters(raters, volume), provenance)
+    theirs = check_raters(raters, volume)
+    if theirs is not None:
+        theirs, _ = _where_sampled(theirs, summary)
+    _report(root / "report.html", volume, masks, theirs, provenance)
     return root / "report.html"
 
 
@@ -226,7 +291,7 @@ def _sizes(voxels: list[int], volume: Volume) -> dict[str, Any]:
 
 
 def _against(sampled: SampledVolume, raters: np.ndarray) -> dict[str, float]:
-    """GED and HM-IoU, the whole volume being one mask."""
+    """GED and HM-IoU, all that was sampled being one mask."""
     theirs, ours = torch.from_numpy(raters)[None].flatten(3, -1), torch.from_numpy(sampled.masks)[None].flatten(3, -1)
     found = metrics.evaluate(theirs, ours, ("ged", "hm_iou"))
     return {"count": len(raters), **{name: float(value[0]) for name, value in found.items()}}
@@ -235,9 +300,9 @@ def _against(sampled: SampledVolume, raters: np.ndarray) -> dict[str, float]:
 def _remove_former(root: Path) -> None:
     """Earlier results, which are now being replaced: the summary first, which says what else there is."""
     if (root / SUMMARY).is_file():
-        former = json.loads((root / SUMMARY).read_text(encoding="utf-8"))
-        (root / SUMMARY).unlink()
+        former = _read_summary(root)
         named = [*former["masks"], former["mean"], former["entropy"], *former["segmentations"], "report.html"]
+        (root / SUMMARY).unlink()
         for name in named:
             (root / Path(name).name).unlink(missing_ok=True)
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,23 @@ class SampledVolume:
         return (total / self.n).astype(np.float32)
 
 
+def sampled_region(plan: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Where a ``SampledVolume.plan`` has masks drawn of a volume (S, H, W): bool of that shape."""
+    axis, (first, last) = plan["axis"], plan["slices"]
+    original = tuple(np.delete(shape, axis).tolist())
+    tiling = _Tiling(
+        original,
+        tuple(plan["resampled_to"]),
+        tuple(plan["tile_pixels"]),
+        [(row, column) for row, column in plan["tiles"]],
+        tuple(plan["inside"]),
+    )
+    everywhere = torch.ones(len(tiling.tiles), 1, *tiling.size, dtype=torch.bool)
+    region = np.zeros(shape, bool)
+    np.moveaxis(region, axis, 0)[first:last] = tiling.join(everywhere)[0].numpy()
+    return region
+
+
 _POPCOUNT = np.array([i.bit_count() for i in range(256)], np.uint8)
 
 
@@ -185,6 +202,7 @@ def sample_volume(
         "slices": [first, last],
         "tiles": [list(tile) for tile in tiling.tiles],
         "tile_pixels": list(tiling.size),
+        "inside": list(tiling.inside),
         "resampled_to": list(tiling.shape),
         "options": {k: str(v) for k, v in options.items() if k not in ("max_batch", "backend")},
     }
@@ -253,8 +271,7 @@ class _Tiling:
         shape = tuple(max(1, round(size * s)) for size, s in zip(original, scale, strict=True))
         factor = 1  # that the network wants sizes to be multiples of
         if isinstance(model.network, UNet):
-            config: Any = model.network.config
-            factor = config["patch_size"] * 2 ** (len(config["channel_mult"]) - 1)
+            factor = model.network.downsampling
         region = (0, original[0], 0, original[1])
         if roi is not None:
             if len(roi) != 4:

@@ -82,6 +82,7 @@ BAD_FILES = {
     "does not fit image": dict(mask=np.zeros((6, 4, 16, 17), np.uint8)),
     "is empty": dict(image=np.zeros((0, 16, 16), np.uint8), mask=np.zeros((0, 4, 16, 16), np.uint8)),
     "patient_id must have shape": dict(patient_id=np.arange(5)),
+    "patient_id must hold integers": dict(patient_id=np.array([b"LIDC-1"] * 6)),
     "real numbers": dict(image=np.zeros((6, 16, 16), complex)),
 }
 

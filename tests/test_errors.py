@@ -84,6 +84,11 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "img empty batch": (sample(IMG[:0]), V, r"img must not be empty, got shape \(0, 1, 8, 8\)"),
     "img empty": (sample(IMG[..., :0]), V, r"img must not be empty, got shape \(2, 1, 8, 0\)"),
     "img channels": (sample(IMG.expand(2, 3, 8, 8)), V, r"img must have 1 channels .* got shape \(2, 3, 8, 8\)"),
+    "img of a size that cannot be halved": (
+        call(bf.sample, bf.load("lidc"), torch.zeros(1, 1, 100, 100), n=1, steps=1),
+        V,
+        "y_t and img must have a height and width divisible by 16, got 100 x 100",
+    ),
     "img NaN": (sample(IMG / 0), V, "img must be finite, got NaN or infinite"),
     "img infinite": (sample(IMG + torch.inf), V, "img must be finite, got NaN or infinite"),
     "img elsewhere": (sample(IMG.to(META)), V, "img must be on the model's device cpu, got meta"),

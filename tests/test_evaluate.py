@@ -145,5 +145,15 @@ def test_bad_calls(data, model_file, tmp_path):
     two = bf.BerDiff(bf.UNet(model_channels=32, channel_mult=(1,), img_channels=2), preprocessing=bf.Preprocessing())
     with pytest.raises(ValueError, match="the model works on 2 img_channels, and the file has 1"):
         evaluate.evaluate(two, data, tmp_path / "x")
+    with pytest.raises(ValueError, match="steps must be"):
+        evaluate.evaluate(model, data, tmp_path / "x", steps=5000)
+    with pytest.raises(ValueError, match="slices must be at least 1, got 0"):
+        evaluate.evaluate(model, data, tmp_path / "x", count=0)
+    deep = bf.BerDiff(bf.UNet(model_channels=32, channel_mult=(1,) * 7), preprocessing=bf.Preprocessing())
+    with pytest.raises(ValueError, match="must have a height and width divisible by 64"):
+        evaluate.evaluate(deep, data, tmp_path / "x")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="output must be a folder"):
+        evaluate.evaluate(model, data, tmp_path / "file")
     assert cli.main(["evaluate", "--model", "nope", "--data", str(data.path), "--output", str(tmp_path / "x")]) == 1
-    assert not (tmp_path / "x" / "summary.json").exists()
+    assert not (tmp_path / "x").exists()

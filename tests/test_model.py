@@ -250,6 +250,16 @@ def test_bundled_models_load():
         assert model.preprocessing is not None, "a bundled model knows how its images were prepared"
 
 
+def test_a_folder_with_the_name_of_a_bundled_model(tmp_path, monkeypatch):
+    """Such as the one that data were imported to, or that a training run keeps."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lidc").mkdir()
+    (tmp_path / "lidc" / "train.h5").touch()
+    assert bf.load("lidc").network.config == bf.load(Path(bf.__file__).parent / "weights" / "lidc").network.config
+    small_model().save(tmp_path / "lidc")
+    assert same_model(bf.load("lidc"), small_model())
+
+
 def test_bundled_names(tmp_path, monkeypatch):
     monkeypatch.setattr(model_module, "_BUNDLED", tmp_path / "weights")
     monkeypatch.chdir(tmp_path)

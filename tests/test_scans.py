@@ -169,6 +169,31 @@ def test_it_goes_on_where_it_stopped(tmp_path, limit):
     assert not np.array_equal(draw(model, array, seed=6, **options).masks, expected[6]) and len(calls) == 20
 
 
+def test_another_region_starts_anew(tmp_path):
+    """Two regions with the same middle have the same tile."""
+    array = np.random.default_rng(3).integers(0, 255, (5, 64, 64), dtype=np.uint8)
+    model, options = bright(size=(64, 64)), dict(n=64, work=tmp_path / "work")
+    _, handle = watch(model, 9)
+    with pytest.raises(KeyboardInterrupt):
+        draw(model, array, roi=(24, 40, 24, 40), **options)
+    handle.remove()
+    expected = draw(model, array, n=64, roi=(10, 54, 10, 54)).masks
+    assert np.array_equal(draw(model, array, roi=(10, 54, 10, 54), **options).masks, expected)
+
+
+@pytest.mark.parametrize("where", [{}, {"slices": (1, 3)}, {"roi": (2, 9, 3, 15)}, {"center": (8, 8)}], ids=str)
+@pytest.mark.parametrize("plane", [0, 2])
+def test_the_region_that_was_sampled(plane, where):
+    """A model that marks everything tells it."""
+    model = bright(size=(8, 8))
+    with torch.no_grad():
+        model.network.weight.zero_()
+    model.network.forward = lambda y_t, t, img: torch.full_like(y_t, 50.0)
+    found = draw(model, np.zeros((16, 16, 16), np.uint8), n=1, steps=1, plane=plane, **where)
+    region = scans.sampled_region(found.plan, (16, 16, 16))
+    assert np.array_equal(region, found.mask(0)) and region.any() and region.all() == (where == {})
+
+
 # ---------------------------------------------------------------------- until the mean is known
 
 
@@ -370,6 +395,90 @@ def test_reports(tmp_path, model_path, plane, capsys):
     assert cli.main(["report", str(out), "--input", str(tmp_path / "other.nii.gz")]) == 1
     assert "is not what the results in" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path)]) == 1 and "holds no results" in capsys.readouterr().err
+
+
+@needs_imaging
+def test_raters_count_where_masks_were_drawn(tmp_path, model_path, capsys):
+    """What they marked elsewhere is told of, not held against the model."""
+    volume = scan()
+    rater = volume.array > 0
+    volumes.write(tmp_path / "scan.nii.gz", volume.array, volume)
+    volumes.write(tmp_path / "rater.nii.gz", rater, volume)
+    out, path = tmp_path / "out", tmp_path / "scan.nii.gz"
+    with_rater = ["--raters", tmp_path / "rater.nii.gz", "--slices", 0, 2, "--json", "--report"]
+    assert command(path, *options(model_path, out), *with_rater) == 0
+    found = json.loads(capsys.readouterr().out)["raters"]
+    ours = torch.from_numpy(draw(bf.load(model_path), volume, slices=(0, 2)).masks[:, :2])[None, :, None]
+    theirs = torch.from_numpy(rater[:2])[None, None, None]
+    assert found["ged"] == pytest.approx(float(bf.metrics.generalized_energy_distance(theirs, ours)))
+    assert found["voxels_not_compared"] == int(rater[2:].sum())
+    ged = f'id="ged" data-value="{found["ged"]!r}"'
+    assert ged in (out / "report.html").read_text()
+    assert cli.main(["report", str(out), "--raters", str(tmp_path / "rater.nii.gz")]) == 0
+    assert ged in (out / "report.html").read_text()
+
+
+def test_nothing_of_others_is_written_over(tmp_path, model_path, capsys):
+    array = np.random.default_rng(3).integers(0, 255, (2, 16, 16), dtype=np.uint8)
+    for name in ("mean.npy", "mask_000.npy"):
+        np.save(tmp_path / name, array)
+    arguments = [tmp_path / "mean.npy", *options(model_path, tmp_path)]
+    assert command(*arguments) == 1
+    assert "mean.npy is read, and would be written over" in capsys.readouterr().err
+    (tmp_path / "mean.npy").rename(tmp_path / "in.npy")
+    arguments[0] = tmp_path / "in.npy"
+    assert command(*arguments) == 1
+    assert "holds mask_000.npy, which is of no results" in capsys.readouterr().err
+    raters = ["--raters", tmp_path / "mask_000.npy", "--overwrite"]
+    np.save(tmp_path / "mask_000.npy", array > 99)
+    assert command(*arguments, *raters) == 1
+    assert "mask_000.npy is read, and would be written over" in capsys.readouterr().err
+    assert np.array_equal(np.load(tmp_path / "mask_000.npy"), array > 99)
+    assert command(*arguments, "--overwrite") == 0
+    assert not np.array_equal(np.load(tmp_path / "mask_000.npy"), array > 99)
+    for text in ('{"weights": {}}', "[]", "{"):
+        (tmp_path / "summary.json").write_text(text)
+        assert command(*arguments, "--overwrite") == 1
+        assert "summary.json is not of results of berdiff-fast sample" in capsys.readouterr().err
+        assert (tmp_path / "summary.json").read_text() == text
+        assert cli.main(["report", str(tmp_path)]) == 1
+        assert "summary.json is not of results of berdiff-fast sample" in capsys.readouterr().err
+
+
+@needs_imaging
+def test_reports_of_one_series_of_several(tmp_path, model_path, capsys):
+    import pydicom
+
+    for uid in ("1", "2"):
+        write_series(tmp_path / "ct", scan(), uid=uid)
+    series = pydicom.dcmread(next((tmp_path / "ct").iterdir())).SeriesInstanceUID
+    assert command(tmp_path / "ct", *options(model_path, tmp_path / "out"), "--series", series) == 0
+    (tmp_path / "ct").rename(tmp_path / "moved")
+    assert cli.main(["report", str(tmp_path / "out"), "--input", str(tmp_path / "moved")]) == 0
+    np.save(tmp_path / "a.npy", np.zeros((16, 16)))
+    assert command(tmp_path / "a.npy", *options(model_path, tmp_path / "o"), "--series", series) == 1
+    assert "is not a DICOM folder" in capsys.readouterr().err
+
+
+@needs_imaging
+def test_a_series_that_no_segmentation_can_refer_to(tmp_path, model_path, capsys):
+    """What de-identification takes away is left empty; without a frame of reference there is no segmentation."""
+    import pydicom
+
+    def without(*keywords):
+        write_series(tmp_path / keywords[0], scan())
+        for path in (tmp_path / keywords[0]).iterdir():
+            d = pydicom.dcmread(path)
+            for keyword in keywords:
+                delattr(d, keyword)
+            d.save_as(path)
+        out = tmp_path / f"out of {keywords[0]}"
+        assert command(tmp_path / keywords[0], *options(model_path, out)) == 0
+        return json.loads((out / "summary.json").read_text())["segmentations"]
+
+    empty = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID")
+    assert without(*empty, "AccessionNumber", "ReferringPhysicianName", "SliceThickness") == ["masks.dcm", "mean.dcm"]
+    assert without("FrameOfReferenceUID") == []
 
 
 def test_interrupted_command(tmp_path, model_path, monkeypatch, capsys):

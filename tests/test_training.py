@@ -288,9 +288,19 @@ def test_a_truncated_checkpoint_falls_back(data, tmp_path, caplog):
     newest.write_bytes(newest.read_bytes()[:-1000])
     with caplog.at_level(logging.WARNING, "berdiff_fast"):
         loop.train(config(data, tmp_path, checkpoint_every=10))
-    assert "step-00000020.safetensors cannot be read (truncated or damaged?), taking the one before it" in caplog.text
+    assert "step-00000020.safetensors cannot be read (truncated or damaged?), trying the one before it" in caplog.text
     again = weights(tmp_path)
     assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_a_damaged_checkpoint_does_not_crowd_out_good_ones(data, tmp_path):
+    """Of a later step, it is not the newest of those that count."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "step-00001000.safetensors").write_bytes(b"damaged")
+    loop.train(config(data, tmp_path, steps=4, checkpoint_every=2, keep=1))
+    assert [p.name for p in folder.iterdir()] == ["step-00000004.safetensors"]
+    assert checkpoints.newest(folder) is not None
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path):

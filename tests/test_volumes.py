@@ -222,6 +222,10 @@ def test_spacing_that_the_file_does_not_tell_is_not_invented(tmp_path):
         (tmp_path / name).write_bytes(b"".join(line for line in lines if not line.startswith(key)))
         untold = volumes.read(tmp_path / name)
         assert untold.spacing is None and np.array_equal(untold.array, volume.array)
+    lines = (tmp_path / "scan.nrrd").read_bytes().splitlines(keepends=True)
+    plain = b"".join(line for line in lines if not line.startswith(b"space"))
+    (tmp_path / "nan.nrrd").write_bytes(plain.replace(b"endian:", b"spacings: 0.7 0.8 nan\nendian:", 1))
+    assert volumes.read(tmp_path / "nan.nrrd").spacing is None
 
 
 def test_slopes_that_differ_from_slice_to_slice(tmp_path):
@@ -231,6 +235,23 @@ def test_slopes_that_differ_from_slice_to_slice(tmp_path):
     back = volumes.read(tmp_path / "pet").array
     expected = (volume.array.astype(float) + 1024) * np.array([1, 0.5, 0.5, 0.5, 0.5])[:, None, None] - 1024
     np.testing.assert_allclose(back, expected, rtol=0, atol=1e-6)
+
+
+def test_intercepts_that_differ_from_slice_to_slice(tmp_path):
+    """In the type of the first slice, unsigned, the others would overflow."""
+    volume = scan()
+    write_series(tmp_path / "ct", volume, RescaleIntercept=lambda k: "0" if k == 0 else "-1024.5")
+    expected = volume.array.astype(float) + np.array([1024, -0.5, -0.5, -0.5, -0.5])[:, None, None]
+    np.testing.assert_allclose(volumes.read(tmp_path / "ct").array, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("thickness", ["2.5", ""])
+def test_a_single_slice_is_as_thick_as_it_says(tmp_path, thickness):
+    volume = scan()
+    one = dataclasses.replace(volume, array=volume.array[:1])
+    write_series(tmp_path / "ct", one, SliceThickness=thickness)
+    for path in (tmp_path / "ct", next((tmp_path / "ct").iterdir())):
+        assert volumes.read(path).spacing == (*volume.spacing[:2], float(thickness or 1))
 
 
 def test_segmentations_of_other_masks_have_other_names(tmp_path):

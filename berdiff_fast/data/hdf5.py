@@ -56,6 +56,8 @@ class RaterDataset(Dataset):
                         raise ValueError(
                             f"{self.path}: {name} must have shape ({self._length},), got {file[name].shape}"
                         )
+                    if file[name].dtype.kind not in "iu":
+                        raise ValueError(f"{self.path}: {name} must hold integers, got {file[name].dtype}")
                     self.provenance[name] = file[name][()]
             self._memory: tuple[np.ndarray, np.ndarray] | None = None
             if in_memory:

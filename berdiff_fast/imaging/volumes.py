@@ -195,7 +195,8 @@ def _read_dicom(path: Path, series: str | None) -> Volume:
         # Of slice and pixel (0028|0030), or of a detector's, or of the frames of an enhanced file.
         tags = ("0028|0030", "0018|1164", "5200|9229", "5200|9230")
         known = volume.array.shape[0] > 1 or any(reader.HasMetaDataKey(tag) for tag in tags)
-        return volume if known else replace(volume, spacing=None)
+        thickness = reader.GetMetaData("0018|0050") if reader.HasMetaDataKey("0018|0050") else ""
+        return _as_thick(volume, thickness) if known else replace(volume, spacing=None)
     with _silence():
         found = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
     if not found:
@@ -209,14 +210,24 @@ def _read_dicom(path: Path, series: str | None) -> Volume:
         headers = _check_series(names)
         reader = sitk.ImageSeriesReader()
         reader.SetFileNames(names)
-        slopes = {float(h.get("RescaleSlope", 1)) for h in headers}
-        if len(slopes) > 1:  # as in PET: the type of the first slice would round the others
+        kinds = {
+            (float(h.get("RescaleSlope", 1)), float(h.get("RescaleIntercept", 0)), h.get("PixelRepresentation", 0))
+            for h in headers
+        }
+        if len(kinds) > 1:  # as in PET: the type of the first slice would round the others, or overflow
             reader.SetOutputPixelType(sitk.sitkFloat64)
         image = reader.Execute()
     _check_voxels(image.GetDimension(), image.GetSize(), image.GetNumberOfComponentsPerPixel())
     volume = _from_itk(image, "dicom", path, tuple(Path(name) for name in names))
     known = "PixelSpacing" in headers[0]
-    return volume if known else replace(volume, spacing=None)
+    return _as_thick(volume, headers[0].get("SliceThickness")) if known else replace(volume, spacing=None)
+
+
+def _as_thick(volume: Volume, thickness: Any) -> Volume:
+    """A single slice as thick as it says, and as ITK has it, 1 mm, where it says nothing."""
+    if len(volume.array) > 1 or volume.spacing is None or not str(thickness or "").strip() or float(thickness) <= 0:
+        return volume
+    return replace(volume, spacing=(*volume.spacing[:2], float(thickness)))
 
 
 _READERS = {
@@ -295,7 +306,7 @@ def _tells_spacing(path: Path) -> bool:
         for line in iter(lambda: file.readline(4096), b""):
             key = line.replace(b"=", b":").split(b":")[0].strip().lower()
             if key in (b"spacings", b"space directions", b"elementspacing", b"elementsize"):
-                return True
+                return b"nan" not in line.lower()
             if line.strip() == b"" or key == b"elementdatafile":  # the last of the header
                 return False
     return False
@@ -304,7 +315,8 @@ def _tells_spacing(path: Path) -> bool:
 def _check_series(names: Sequence[str]) -> list[Any]:
     """Headers of slices of one size and spacing that lie parallel and are evenly stacked, as the library assumes."""
     pydicom = require("pydicom")
-    tags = ["Rows", "Columns", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope"]
+    tags = ["Rows", "Columns", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"]
+    tags += ["RescaleSlope", "RescaleIntercept", "PixelRepresentation", "SliceThickness"]
     headers = [pydicom.dcmread(name, stop_before_pixels=True, specific_tags=tags, force=True) for name in names]
     sizes = {(h.Rows, h.Columns) for h in headers}
     if len(sizes) > 1:
@@ -448,12 +460,17 @@ def write_segmentation(
         )
         for number, name in enumerate(marked, start=1)
     ]
+    sources = [pydicom.dcmread(name) for name in like.instances]
+    for source in sources:
+        for keyword in _TYPE_2:  # may be empty, but not absent; de-identified series lack some
+            if keyword not in source:
+                setattr(source, keyword, None)
     pixels_ = np.stack([*marked.values()], axis=-1).astype(np.float32 if fractional else np.uint8)
     content = hashlib.sha256(pixels_.tobytes()).hexdigest()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values in the source that a standard discourages
         file = seg.Segmentation(
-            source_images=[pydicom.dcmread(name) for name in like.instances],
+            source_images=sources,
             pixel_array=pixels_,
             segmentation_type="FRACTIONAL" if fractional else "BINARY",
             segment_descriptions=segments,
@@ -470,6 +487,22 @@ def write_segmentation(
         file.SeriesDescription = description[:64]
         with whole_file(path) as new:
             file.save_as(new)
+
+
+#: Of patient and study, which a segmentation repeats.
+_TYPE_2 = (
+    "PatientID",
+    "PatientName",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+    "PositionReferenceIndicator",
+    "SliceThickness",
+)
 
 
 def _uid(like: Volume, *names: str) -> str:

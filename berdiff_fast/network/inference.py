@@ -47,6 +47,7 @@ from berdiff_fast.network.unet import (
     ResBlock,
     UNet,
     Upsample,
+    check_size,
     timestep_embedding,
 )
 
@@ -85,6 +86,7 @@ class PreparedUNet:
             raise TypeError(f"dtype must be float32, float16 or bfloat16, got {self.dtype}")
         self.mask_channels, self.img_channels = network.mask_channels, network.img_channels
         self.spatial_dims, self.patch_size = network.spatial_dims, network.patch_size
+        self._downsampling = network.downsampling
         #: CUDA graphs that the sampler captured of calls with these weights.
         self.graphs: dict[Any, Graph | bool] = {}
         device = next(network.parameters()).device
@@ -121,6 +123,7 @@ class PreparedUNet:
 
     def encode(self, img: torch.Tensor) -> torch.Tensor:
         """What the first convolution makes of images (B, C, *spatial): its share of every mask's first activations."""
+        check_size(img.shape[2:], self._downsampling)
         x = self._patches(img.to(self.dtype))
         return _CONVOLUTIONS[self.spatial_dims](_channels_last(x), self._img_weight, self._img_bias, padding=1)
 

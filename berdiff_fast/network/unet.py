@@ -336,11 +336,16 @@ class UNet(nn.Module):
             raise ValueError(
                 f"timesteps must have shape ({y_t.shape[0]},), one for each mask of y_t, got {tuple(timesteps.shape)}"
             )
-        height, width = y_t.shape[-2:]
-        if height % self.downsampling or width % self.downsampling:
-            raise ValueError(
-                f"y_t and img must have a height and width divisible by {self.downsampling}, got {height} x {width}"
-            )
+        check_size(y_t.shape[2:], self.downsampling)
+
+
+def check_size(size: Sequence[int], downsampling: int) -> None:
+    """Raise ValueError for masks and images (..., H, W) that cannot be halved at every level."""
+    height, width = size[-2:]
+    if height % downsampling or width % downsampling:
+        raise ValueError(
+            f"y_t and img must have a height and width divisible by {downsampling}, got {height} x {width}"
+        )
 
 
 def _as_list(values: Any) -> Any:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,18 +72,20 @@ def save(
         write_bytes(path, data)
     except OSError as error:
         raise OSError(f"checkpoint {path} cannot be written ({error}); those before it are as they were") from error
-    for old in _files(folder)[config.keep :]:
+    # Those of later steps could not be read, or this one would not have been made; they must not crowd it out.
+    later = [old for old in _files(folder) if old.name > path.name]
+    for old in [*later, *_files(folder)[len(later) + config.keep :]]:
         old.unlink(missing_ok=True)
     return path
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read; one that cannot is named in a warning, and the one before it is taken."""
+    """The newest checkpoint that can be read, if there is one; those that cannot are named in warnings."""
     for path in _files(folder):
         try:
             return _read(path)
         except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
-            logger.warning("%s cannot be read (truncated or damaged?), taking the one before it: %s", path, error)
+            logger.warning("%s cannot be read (truncated or damaged?), trying the one before it: %s", path, error)
     return None
 
 
@@ -142,7 +145,10 @@ def restore(
 def remove_unfinished(folder: Path) -> None:
     """Delete what a killed process left of a checkpoint that it was writing."""
     for path in folder.glob(".step-*"):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -21,7 +21,8 @@ from berdiff_fast import checks, metrics, rng
 from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.files import write_bytes, write_text
 from berdiff_fast.model import BerDiff
-from berdiff_fast.sampler import sample
+from berdiff_fast.network.unet import UNet, check_size
+from berdiff_fast.sampler import Sampler, sample
 
 #: What is told of every slice; see ``metrics``.
 NUMBERS = ("ged", "hm_iou", "soft_dice", "dice_majority", "iou_majority", "sample_diversity", "ece")
@@ -163,9 +164,16 @@ def evaluate(
         if ours is not None and theirs != ours:
             raise ValueError(f"{slices.path}: the model works on {ours} {attribute}, and the file has {theirs}")
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output must be a folder, and {output} is a file")
     state = PartialState()
     chosen = choose(len(slices), count, seed)
+    # All that can be refused is refused before the folder is made.
+    Sampler(model, n, **options)
+    if isinstance(model.network, UNet):
+        check_size(slices.image_size, model.network.downsampling)
+    slices.batch(chosen[:1])
+    output.mkdir(parents=True, exist_ok=True)
 
     rows: list[dict[str, Any]] = []
     kept: list[tuple[int, np.ndarray]] = []
