@@ -6,25 +6,58 @@
 
 Every phantom has four modes of known probability (``data.phantom``). A model is trained on masks of 1,000 raters, whose
 own frequencies are told too, then draws 1,000 masks of each phantom; a mask counts for the mode with which its IoU is
-largest.
+largest. Beside it the exact posterior in the model's place: what is left is the sampler's own error.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 import berdiff_fast as bf
 from berdiff_fast.data import phantom
 from berdiff_fast.files import write_text
 from berdiff_fast.training import loop
 from berdiff_fast.training.config import TrainConfig
+
+#: Whose predictions are sampled, and how.
+ROWS = (
+    ("exact posterior", "ddim", 10, "trailing-quadratic"),
+    ("exact posterior", "ddim", 10, "trailing"),
+    ("exact posterior", "d3pm", 10, "trailing"),
+    ("exact posterior", "ddim", 50, "trailing"),
+    ("exact posterior", "d3pm", 50, "trailing"),
+    ("first training", "ddim", 10, "trailing-quadratic"),
+    ("first training", "d3pm", 50, "trailing"),
+    ("second training", "d3pm", 50, "trailing"),
+    ("second training", "ddim", 10, "trailing-quadratic"),
+)
+
+
+def exact_posterior(modes: torch.Tensor, probabilities: torch.Tensor, schedule: bf.NoiseSchedule) -> Callable:
+    """A model that knows the modes (4, K, H, W) and their probabilities: logits of P(y_0 = 1 | y_t), pixel by pixel.
+
+    What is wrong with the samples of this model is the sampler's share: it draws the pixels of a step independently.
+    """
+    masks, prior = modes.flatten(1).double(), probabilities.double().log()
+
+    def model(y_t: torch.Tensor, t: torch.Tensor, img: torch.Tensor) -> torch.Tensor:
+        A = schedule.alphas_cumprod[t.long()][:, None, None]
+        one = A * masks + (1 - A) / 2  # q(y_t = 1 | mode), (N, 4, pixels)
+        likelihood = torch.where(y_t.flatten(1)[:, None] > 0, one, 1 - one).log().sum(-1)
+        mean = torch.softmax(likelihood + prior, 1) @ masks
+        return torch.logit(mean.clamp(1e-7, 1 - 1e-7)).float().view(y_t.shape)
+
+    return model
 
 
 def main() -> None:
@@ -35,6 +68,7 @@ def main() -> None:
     parser.add_argument("--raters", type=int, default=1000)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--more-steps", type=int, default=3000, help="of a second training, with twice the batch")
     parser.add_argument("--samples", type=int, default=1000)
     args = parser.parse_args()
 
@@ -61,9 +95,19 @@ def main() -> None:
         checkpoint_every=500,
         tensorboard=False,
     )
-    start = time.monotonic()
-    model = bf.load(loop.train(config))
-    seconds = time.monotonic() - start
+    longer = dataclasses.replace(
+        config,
+        output=str(args.folder / "second"),
+        steps=args.more_steps,
+        batch_size=64,
+        learning_rate=6e-4,
+        warmup=50,
+        checkpoint_every=250,
+    )
+    models: dict[str, bf.BerDiff] = {}
+    models["first training"] = bf.load(loop.train(config))
+    first = str(args.folder / "run" / "model.safetensors")
+    models["second training"] = bf.load(loop.train(dataclasses.replace(longer, initial_weights=first)))
 
     def frequencies(masks: torch.Tensor, i: int) -> np.ndarray:
         iou = 1 - bf.metrics.iou_distance(masks, cases.modes[i : i + 1])[0]
@@ -74,28 +118,37 @@ def main() -> None:
         "phantoms": args.phantoms,
         "size": args.size,
         "raters_per_phantom": args.raters,
-        "training": {"steps": args.steps, "batch_size": config.batch_size, "seconds_of_last_call": round(seconds)},
+        "training": {"steps": [args.steps, args.more_steps], "batch_size": [config.batch_size, longer.batch_size]},
         "samples_per_phantom": args.samples,
         "truth": cases.probabilities.round(decimals=4).tolist(),
         "largest_error_of_the_raters": round(float(np.abs(of_raters - cases.probabilities.numpy()).max()), 4),
         "samplers": [],
     }
-    img = model.preprocess(cases.images)
     if args.output.is_file():  # measured before an interruption
         results["samplers"] = json.loads(args.output.read_text())["samplers"]
-    measured = {(row["method"], row["steps"], row["spacing"]) for row in results["samplers"]}
-    for method, steps, spacing in (
-        ("ddim", 10, "trailing-quadratic"),
-        ("d3pm", 50, "trailing"),
-        ("ddim", 50, "trailing"),
-        ("ddim", 10, "uniform"),
-    ):
-        if (method, steps, spacing) in measured:
+    measured = {(row["predictions"], row["method"], row["steps"], row["spacing"]) for row in results["samplers"]}
+    for predictions, method, steps, spacing in ROWS:
+        if (predictions, method, steps, spacing) in measured:
             continue
         found, geds, exact = [], [], []
-        for i in range(args.phantoms):
+        for i in tqdm(range(args.phantoms), desc=f"{predictions}, {method}, {steps} steps", unit="phantom"):
+            if predictions == "exact posterior":
+                schedule = models["first training"].schedule
+                model: Any = exact_posterior(cases.modes[i], cases.probabilities[i], schedule)
+                options: dict[str, Any] = {"schedule": schedule, "prediction": "y_0"}
+            else:
+                model, options = models[predictions], {}
+            img = models["first training"].preprocess(cases.images)[i : i + 1]
             masks = bf.sample(
-                model, img[i], n=args.samples, steps=steps, method=method, spacing=spacing, seed=100 + i, max_batch=250
+                model,
+                img,
+                n=args.samples,
+                steps=steps,
+                method=method,
+                spacing=spacing,
+                seed=100 + i,
+                max_batch=250,
+                **options,
             )
             found.append(frequencies(masks, i))
             # GED against the distribution itself: its floor for n samples is D / n (phantom.expected_ged).
@@ -107,6 +160,7 @@ def main() -> None:
             exact.append(float(spread / args.samples))
         error = np.abs(np.array(found) - cases.probabilities.numpy())
         row = {
+            "predictions": predictions,
             "method": method,
             "steps": steps,
             "spacing": spacing,
