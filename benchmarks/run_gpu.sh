@@ -35,7 +35,7 @@ within() {
         return
     fi
     echo "== at ${SECONDS} s: $*"
-    # As Ctrl-C: pytest then reports, and the trainer, which saves at a SIGTERM and returns, ends.
+    # As Ctrl-C: pytest then reports. The trainer saves and goes on to the next of its runs, which is killed.
     timeout --signal INT --kill-after 10 "$((seconds < left ? seconds : left))" "$@" || {
         echo "status $?: $*"
         failed=1

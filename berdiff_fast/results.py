@@ -318,6 +318,10 @@ def as_text(summary: dict[str, Any], output: str | os.PathLike[str]) -> str:
         f"{summary['n']} masks of {summary['slices'][1] - summary['slices'][0]} slices{tiles}: {middle}",
         f"empty: {sum(v == 0 for v in sizes['voxels'])} of {summary['n']}",
     ]
+    if not any(sizes["voxels"]):
+        lines.append(
+            "no mask marks anything: is what the model knows in the --slices, and in the middle of a --center?"
+        )
     if "raters" in summary:
         raters = summary["raters"]
         lines.append(f"against {raters['count']} raters: GED {raters['ged']:.3f}, HM-IoU {raters['hm_iou']:.3f}")

@@ -838,8 +838,14 @@ def test_source_and_output(tree, tmp_path, out):
     slices_tree(tree, pictures())
     with pytest.raises(NotADirectoryError, match="source must be a folder, got the file"):
         import_tree(first(tree), out)
-    with pytest.raises(FileNotFoundError, match="output: there is no folder .*no"):
-        import_tree(tree, tmp_path / "no" / "such")
+    import_tree(tree, tmp_path / "new" / "parents" / "out")
+    assert (tmp_path / "new" / "parents" / "out" / "train.h5").is_file()
+    whole = first(tree).read_bytes()
+    first(tree).write_bytes(whole[:20])
+    with pytest.raises(ValueError, match=first(tree).name):
+        import_tree(tree, tmp_path / "none" / "of" / "these")
+    assert not (tmp_path / "none").exists()
+    first(tree).write_bytes(whole)
     for inside in (tree, tree / "out"):
         with pytest.raises(ValueError, match="output must lie outside source"):
             import_tree(tree, inside)

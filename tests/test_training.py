@@ -264,11 +264,12 @@ def test_killed_while_a_checkpoint_is_written(data, tmp_path, uninterrupted):
     assert not list(folder.glob(".step-*"))
 
 
-def test_sigterm_saves_and_exits(data, tmp_path, uninterrupted):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits(data, tmp_path, uninterrupted, number):
     words = arguments(resumable(data, tmp_path))
     process = start(words)
     wait_for(lambda: logged_step(tmp_path) >= 20, process)
-    process.terminate()
+    process.send_signal(number)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     (saved,) = (tmp_path / "checkpoints").glob("step-*")

@@ -121,7 +121,7 @@ def import_tree(
 
     Args:
         source: the tree's root.
-        output: the folder to write; its parent must exist.
+        output: the folder to write; made, with its parents, if it is not there.
         layout: "slices", "cimd", "berdiff", "plain", or "auto" to tell by the names of files and folders.
         split: train, val and test in per cent of the patients, such as (70, 10, 20) or "70/10/20". By default the
             tree's own splits if it has any, else 70/10/20.
@@ -148,7 +148,7 @@ def import_tree(
 
     Raises:
         FileExistsError: ``output`` exists and is not empty.
-        FileNotFoundError: ``source``, ``split_file`` or the parent of ``output`` does not exist.
+        FileNotFoundError: ``source`` or ``split_file`` does not exist.
         NotADirectoryError: ``source`` or ``output`` is a file.
         ValueError, TypeError: a bad argument, an unknown layout, a patient in two splits, or a bad file (its path
             comes first). Nothing has been written then.
@@ -541,8 +541,6 @@ def _check_source(root: Path) -> None:
 
 def _check_output(root: Path, output: Path, overwrite: bool) -> None:
     place = output.resolve()
-    if not place.parent.is_dir():
-        raise FileNotFoundError(f"output: there is no folder {place.parent}")
     if place == root.resolve() or root.resolve() in place.parents:
         raise ValueError(f"output must lie outside source, got {output}")
     if not place.exists():

@@ -10,7 +10,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,8 @@ class Writer:
 def whole(output: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to write into, which becomes ``output`` if all goes well and vanishes if not."""
     output = output.resolve()  # the folder behind a link is replaced, not the link
+    made = [path for path in output.parents if not path.exists()]
+    output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     try:
         new = temporary / "new"
@@ -139,6 +141,9 @@ def whole(output: Path, overwrite: bool) -> Iterator[Path]:
         sync(output.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):  # there is something in it
+                path.rmdir()
 
 
 class _Disk(io.FileIO):

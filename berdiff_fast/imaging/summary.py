@@ -101,7 +101,7 @@ def disagreement(mean: Tensor | ArrayLike) -> Tensor:
     p = p if p.is_floating_point() else p.float()
     if not bool(((p >= 0) & (p <= 1)).all()):
         raise ValueError("mean must hold probabilities in [0, 1], got NaN or values outside")
-    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)) / torch.log(p.new_tensor(2.0))
+    return (torch.special.entr(p) + torch.special.entr(1 - p)) / math.log(2)
 
 
 def spread(sizes: Sequence[float]) -> Mapping[str, float]:

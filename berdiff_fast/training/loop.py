@@ -260,16 +260,28 @@ def _validate(
 
 @contextmanager
 def _stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, so that the step at hand is finished and saved."""
+    """An event that SIGTERM and Ctrl-C set, so that the step at hand is finished and saved.
+
+    A second Ctrl-C interrupts at once.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals are the main thread's
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    previous: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number: int, _: Any) -> None:
+        stop.set()
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number])
+
+    for number in previous:
+        signal.signal(number, handle)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _agreed(stop: threading.Event, accelerator: Accelerator, step: int) -> bool:
