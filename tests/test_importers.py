@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -840,6 +841,7 @@ def test_source_and_output(tree, tmp_path, out):
         import_tree(first(tree), out)
     import_tree(tree, tmp_path / "new" / "parents" / "out")
     assert (tmp_path / "new" / "parents" / "out" / "train.h5").is_file()
+    shutil.rmtree(tmp_path / "new")
     whole = first(tree).read_bytes()
     first(tree).write_bytes(whole[:20])
     with pytest.raises(ValueError, match=first(tree).name):
