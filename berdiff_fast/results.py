@@ -267,15 +267,17 @@ def _report(
 ) -> None:
     from berdiff_fast.imaging.report import write_report
 
-    axis = provenance["axis"]  # the slices that were sampled are those to be shown
+    axis, (first, last) = provenance["axis"], provenance["slices"]  # the slices that were sampled are those to be shown
+    count = volume.array.shape[axis]
+    part = "" if last - first == count else f", slices {first + 1} to {last} of {count}"
     spacing = None if volume.spacing is None else [volume.spacing[2 - a] for a in (axis, *({0, 1, 2} - {axis}))]
     write_report(
         path,
-        np.moveaxis(volume.array, axis, 0),
-        np.moveaxis(masks, axis + 1, 1),
-        title=volume.path.name,
+        np.moveaxis(volume.array, axis, 0)[first:last],
+        np.moveaxis(masks, axis + 1, 1)[:, first:last],
+        title=volume.path.name + part,
         spacing=spacing and tuple(spacing),
-        raters=None if raters is None else np.moveaxis(raters, axis + 1, 1),
+        raters=None if raters is None else np.moveaxis(raters, axis + 1, 1)[:, first:last],
         provenance=provenance,
     )
 
