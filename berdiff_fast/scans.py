@@ -113,6 +113,9 @@ class SampledVolume:
         return (total / self.n).astype(np.float32)
 
 
+_POPCOUNT = np.array([i.bit_count() for i in range(256)], np.uint8)
+
+
 def sampled_region(plan: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
     """Where a ``SampledVolume.plan`` has masks drawn of a volume (S, H, W): bool of that shape."""
     axis, (first, last) = plan["axis"], plan["slices"]
@@ -128,9 +131,6 @@ def sampled_region(plan: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarra
     region = np.zeros(shape, bool)
     np.moveaxis(region, axis, 0)[first:last] = tiling.join(everywhere)[0].numpy()
     return region
-
-
-_POPCOUNT = np.array([i.bit_count() for i in range(256)], np.uint8)
 
 
 def sample_volume(
