@@ -221,6 +221,7 @@ def _train(options: argparse.Namespace) -> int:
     from berdiff_fast.training import config, loop
 
     print(loop.train(config.from_arguments(options)))
+    training.leave()
     return 0
 
 
@@ -281,6 +282,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     )
     if state.is_main_process:
         print(json.dumps(summary) if options.json else evaluate.as_text(summary))
+    training.leave()
     return 0
 
 

@@ -19,3 +19,14 @@ def on_cpu(device: str) -> bool:
     import torch
 
     return device == "cpu" or not torch.cuda.is_available()
+
+
+def leave() -> None:
+    """Part from the other processes, if there are any, once each has finished. Threads of gloo that outlive the
+    interpreter abort it now and then, and torchrun ends every process for one that aborts, whatever it is writing
+    (pytorch/pytorch#179291)."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
