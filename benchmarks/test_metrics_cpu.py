@@ -77,6 +77,16 @@ def test_ged_and_hm_iou(benchmark, kind):
 
 
 @kinds
+def test_ged_and_hm_iou_of_eight_images(benchmark, kind):
+    """As ``berdiff-fast evaluate`` calls them: what a call costs beside the counting is shared by its images."""
+    raters, samples = (x.expand(8, -1, -1, -1).contiguous() for x in masks(kind))
+    values = metrics.evaluate(raters, samples, ("ged", "hm_iou"))
+    assert list(zip(values["ged"].tolist(), values["hm_iou"].tolist(), strict=True)) == 8 * [ours(*masks(kind))]
+    benchmark.extra_info["images"] = 8
+    timed(benchmark, lambda: metrics.evaluate(raters, samples, ("ged", "hm_iou")), rounds=500)
+
+
+@kinds
 def test_ged_and_hm_iou_as_published(benchmark, kind):
     raters, samples = (x[0].numpy() for x in masks(kind))
     timed(benchmark, lambda: published(raters, samples), rounds=10)

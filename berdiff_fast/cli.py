@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--output", default="demo.png", help="the picture (default: %(default)s)")
     command.add_argument("--data", help="HDF5 file of slices with raters' masks (default: procedural slices)")
     command.add_argument("--slices", type=int, default=3, help="how many slices (default: %(default)s)")
-    command.add_argument("--n", type=int, default=16, help="masks per slice (default: %(default)s)")
+    command.add_argument("-n", "--n", type=int, default=16, help="masks per slice (default: %(default)s)")
     command.add_argument("--steps", type=int, default=10, help="sampling steps (default: %(default)s)")
     command.add_argument("--seed", type=int, default=7, help="seed of the masks (default: %(default)s)")
     command.add_argument("--backend", default="auto", choices=["auto", *sorted(BACKENDS)])
@@ -112,7 +112,7 @@ def _add_sample(commands: Any) -> None:
     command.add_argument("input", help="a file, or a folder with a DICOM series")
     command.add_argument("--output", required=True, help="the folder of results")
     command.add_argument("--model", default="lidc", help="a bundled model or a file (default: %(default)s)")
-    command.add_argument("--n", type=int, default=16, help="masks (default: %(default)s)")
+    command.add_argument("-n", "--n", type=int, default=16, help="masks (default: %(default)s)")
     command.add_argument("--steps", type=int, default=10, help="sampling steps (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     command.add_argument("--method", default="ddim", choices=METHODS, help="(default: %(default)s)")
@@ -142,15 +142,11 @@ def _add_sample(commands: Any) -> None:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    import torch
-
     from berdiff_fast import results, scans
     from berdiff_fast.imaging import volumes
     from berdiff_fast.model import load
 
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(options.device)
     volume = volumes.read(options.input, series=options.series)
     if options.series is not None and volume.format != "dicom":
         raise ValueError(f"series: {options.input} is not a DICOM folder")
@@ -173,13 +169,28 @@ def _sample(options: argparse.Namespace) -> int:
         sampled = scans.sample_volume(
             model, volume, options.n, options.steps, work=work, progress=not options.quiet, **given
         )
-        told = results.provenance(volume, sampled, options.model, scans.fingerprint(model), device, options.series)
+        told = results.provenance(
+            volume, sampled, options.model, scans.fingerprint(model), device, options.series, theirs
+        )
         summary = results.write(sampled, options.output, work, provenance=told, raters=raters, report=options.report)
     if options.json:
         print(json.dumps(summary))
     elif not options.quiet:
         print(results.as_text(summary, options.output))
     return 0
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be auto, or one that torch can use here, got {name!r} ({reason})") from None
+    return name
 
 
 def _add_report(commands: Any) -> None:
@@ -239,7 +250,7 @@ def _add_evaluate(commands: Any) -> None:
     command.add_argument("--slices", type=int, help="how many slices, drawn by the seed (default: all)")
     # Under torchrun --n is ambiguous: its own options are matched by their beginnings.
     command.add_argument(
-        "--samples", "--n", dest="n", type=int, default=16, help="masks per slice (default: %(default)s)"
+        "-n", "--n", "--samples", dest="n", type=int, default=16, help="masks per slice (default: %(default)s)"
     )
     command.add_argument("--steps", type=int, default=10, help="sampling steps (default: %(default)s)")
     command.add_argument("--method", default="ddim", choices=METHODS, help="sampler (default: %(default)s)")

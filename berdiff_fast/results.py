@@ -250,7 +250,7 @@ def report_again(
     if volume.fingerprint() != summary["input_sha256"]:
         raise ValueError(f"{volume.path} is not what the results in {root} were made of: voxels or geometry differ")
     masks = np.stack([volumes.read(root / name).array != 0 for name in summary["masks"]])
-    provenance = {k: v for k, v in summary.items() if k not in _RESULTS}
+    provenance = {k: v for k, v in summary.items() if k not in _RESULTS} | _files(raters)
     theirs = check_raters(raters, volume)
     if theirs is not None:
         theirs, _ = _where_sampled(theirs, summary)
@@ -259,7 +259,7 @@ def report_again(
 
 
 #: What the summary says of results, beside how they were made.
-_RESULTS = ("masks", "mean", "entropy", "segmentations", "sizes", "raters", "report")
+_RESULTS = ("masks", "mean", "entropy", "segmentations", "sizes", "raters", "rater_files", "report")
 
 
 def _report(
@@ -332,9 +332,15 @@ def as_text(summary: dict[str, Any], output: str | os.PathLike[str]) -> str:
 
 
 def provenance(
-    volume: Volume, sampled: SampledVolume, model_name: str, model_hash: str, device: str, series: str | None = None
+    volume: Volume,
+    sampled: SampledVolume,
+    model_name: str,
+    model_hash: str,
+    device: str,
+    series: str | None = None,
+    raters: Sequence[Volume] = (),
 ) -> dict[str, Any]:
-    """How masks came about: enough to draw them again."""
+    """How masks came about, enough to draw them again; and what they are compared with."""
     return {
         "input": str(volume.path.resolve()),
         "series": series,
@@ -346,5 +352,10 @@ def provenance(
         "torch": torch.__version__,
         "device": device,
         **sampled.plan,
+        **_files(raters),
         "notice": "Not a medical device.",
     }
+
+
+def _files(raters: Sequence[Volume]) -> dict[str, list[str]]:
+    return {"rater_files": [str(rater.path.resolve()) for rater in raters]} if raters else {}

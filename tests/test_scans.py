@@ -254,7 +254,7 @@ def command(*arguments):
 
 
 def options(model_path, output):
-    return ["--model", model_path, "--n", 3, "--steps", 4, "--spacing", "trailing", "--output", output, "--quiet"]
+    return ["--model", model_path, "-n", 3, "--steps", 4, "--spacing", "trailing", "--output", output, "--quiet"]
 
 
 @needs_imaging
@@ -363,7 +363,9 @@ def test_raters(tmp_path, model_path, capsys):
     arguments = [tmp_path / "scan.nii.gz", *options(model_path, tmp_path / "out"), "--json"]
     raters = ["--raters", tmp_path / "rater0.nii.gz", tmp_path / "rater1.nii.gz"]
     assert command(*arguments, *raters) == 0
-    found = json.loads(capsys.readouterr().out)["raters"]
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["rater_files"] == [str(path) for path in raters[1:]]
+    found = summary["raters"]
     theirs = torch.stack([torch.from_numpy(np.roll(volume.array > 0, k, 2)) for k in range(2)])[None, :, None]
     ours = torch.from_numpy(draw(bf.load(model_path), volume).masks)[None, :, None]
     assert found["ged"] == pytest.approx(float(bf.metrics.generalized_energy_distance(theirs, ours)))
@@ -390,7 +392,8 @@ def test_reports(tmp_path, model_path, plane, capsys):
     assert cli.main(["report", str(out)]) == 1 and "there is no such file" in capsys.readouterr().err
     moved = ["--input", str(tmp_path / "moved.nii.gz"), "--raters", str(tmp_path / "rater.nii.gz")]
     assert cli.main(["report", str(out), *moved]) == 0
-    assert "Generalised energy distance" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "Generalised energy distance" in page and "rater.nii.gz" in page
     volumes.write(tmp_path / "other.nii.gz", volume.array + 1, volume)
     assert cli.main(["report", str(out), "--input", str(tmp_path / "other.nii.gz")]) == 1
     assert "is not what the results in" in capsys.readouterr().err
@@ -658,6 +661,8 @@ BAD_ARGUMENTS = {
     "roi": (["--roi", "0", "40", "0", "5"], "roi must be (first, last + 1) within 0 to 17"),
     "center": (["--center", "99", "3"], "center must be (row, column) within (17, 23), got (99.0, 3.0)"),
     "overlap": (["--overlap", "1"], "overlap must be at least 0 and below 1, got 1.0"),
+    "device": (["--device", "gpu"], "device must be auto, or one that torch can use here, got 'gpu'"),
+    "device that is not there": (["--device", "cuda:99"], "device must be auto, or one that torch can use here"),
     "max-batch": (["--max-batch", "0"], "max_batch must be at least 1, got 0"),
     "model": (["--model", "no-such-model"], "no file or directory 'no-such-model'"),
     "raters": (["--raters", "missing.nii"], "missing.nii: there is no such file"),

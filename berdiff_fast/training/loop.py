@@ -191,7 +191,10 @@ def _check_data(config: TrainConfig, slices: RaterDataset, held_out: RaterDatase
         if any(size % factor for size in data.image_size):
             raise ValueError(f"{data.path}: images must have sides divisible by {factor}, got {data.image_size}")
         if config.crop > min(data.image_size):
-            raise ValueError(f"crop must be at most the images of {data.path}, {data.image_size}, got {config.crop}")
+            raise ValueError(
+                f"crop must be at most the images of {data.path}, {data.image_size}, got {config.crop} (--crop 0 or "
+                "crop: 0 in the config trains on whole slices)"
+            )
         if data.image_size[0] != data.image_size[1] and config.rotate90 and data is slices:
             raise ValueError(f"rotate90 needs square images, and {data.path} has {data.image_size}")
     if held_out is not None:
