@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import signal
 import sys
 import time
 
@@ -179,10 +180,14 @@ def test_torch_s_threads_or_our_own():
                         status = int(not np.array_equal(many_bits(), on_pool))
                     finally:
                         os._exit(status)  # whatever happens, this is not to go on as a second pytest
-                deadline = time.monotonic() + 60
-                while os.waitpid(child, os.WNOHANG) == (0, 0):
-                    assert time.monotonic() < deadline, "the child of a fork hangs"
+                deadline, ended = time.monotonic() + 60, (0, 0)
+                while ended == (0, 0) and time.monotonic() < deadline:
                     time.sleep(0.01)
+                    ended = os.waitpid(child, os.WNOHANG)
+                if ended == (0, 0):
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                assert ended == (child, 0), "the child of a fork hangs, or has other bits"
             with concurrent.futures.ThreadPoolExecutor(3) as executor:
                 assert all(np.array_equal(bits, on_pool) for bits in executor.map(lambda _: many_bits(), range(12)))
     finally:
