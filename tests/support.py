@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +83,19 @@ ENVIRONMENT = {
     "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
     "CUDA_VISIBLE_DEVICES": "",
 }
+
+
+def torchrun(processes: int, folder: Path) -> list[str]:
+    """What starts ``berdiff-fast`` in so many processes; add its words. Fails if they do not leave their group."""
+    program = folder / "program.py"
+    program.write_text(
+        "import torch, berdiff_fast.cli as cli\n"
+        "assert cli.main() == 0\n"
+        # A group that is left to the interpreter's end aborts it now and then, and the other processes with it.
+        "assert not torch.distributed.is_initialized(), 'the process group is still there'\n"
+    )
+    options = ["--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, "-m", "torch.distributed.run", *options, str(program)]
 
 
 # ---------------------------------------------------------------------- probabilities

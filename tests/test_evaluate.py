@@ -6,13 +6,12 @@ from __future__ import annotations
 import csv
 import json
 import subprocess
-import sys
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from support import ENVIRONMENT, data_path, phantom_file
+from support import ENVIRONMENT, data_path, phantom_file, torchrun
 
 import berdiff_fast as bf
 from berdiff_fast import cli, metrics
@@ -79,20 +78,11 @@ def test_parquet_and_a_choice_of_slices(data, model_file, tmp_path, capsys):
 
 
 def test_two_processes_give_the_same(data, model_file, tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import torch, berdiff_fast.cli as cli\n"
-        "assert cli.main() == 0\n"
-        # One that is left to the interpreter's end aborts now and then, and takes the other processes along.
-        "assert not torch.distributed.is_initialized(), 'the process group is still there'\n"
-    )
-
     def run(processes: int) -> dict:
         output = tmp_path / str(processes)
         words = ["evaluate", "--model", model_file, "--data", str(data.path), "--output", str(output)]
         options = ["--samples", "3", "--steps", "3", "--batch", "2", "--save-masks"]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [*launcher, str(program), *words, *options]
+        command = [*torchrun(processes, tmp_path), *words, *options]
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("yardstick: empty") == 1

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from support import ENVIRONMENT, phantom_file
+from support import ENVIRONMENT, phantom_file, torchrun
 
 import berdiff_fast as bf
 from berdiff_fast import cli
@@ -323,8 +323,7 @@ def test_two_processes_train_what_one_does(data, tmp_path):
     def run(processes: int) -> Path:
         output = tmp_path / str(processes)
         words = arguments(config(data, output, steps=30, val_data=data["val_data"], validation_slices=4, device="auto"))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [*launcher, "-m", "berdiff_fast.cli", *words, "--validation-samples", "2"]
+        command = [*torchrun(processes, tmp_path), *words, "--validation-samples", "2"]
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return output
