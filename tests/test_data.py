@@ -39,10 +39,14 @@ def test_reads_what_was_written(tmp_path, in_memory):
             img, masks = data[i]
             assert np.array_equal(img[0], file["image"][i]) and np.array_equal(masks[:, 0], file["mask"][i] == 1)
             assert masks.dtype is torch.bool and img.dtype is torch.uint16
+            for r in range(4):
+                assert all(torch.equal(a, b) for a, b in zip(data.one_rater(i, r), (img, masks[r]), strict=True))
     assert data.describe(3) == {"index": 3, "patient_id": 3}
     assert torch.equal(data[-1][0], data[5][0])
     with pytest.raises(IndexError, match="index"):
         data[6]
+    with pytest.raises(IndexError, match="rater must be in"):
+        data.one_rater(0, 4)
 
 
 def test_channels(tmp_path):

@@ -113,12 +113,12 @@ class TrainingExamples(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         """img (C, H, W) float32, y_0 (K, H, W) float32 of 0 and 1, t and noise_seed, int64 scalars."""
-        image, masks = self.slices[self.slice_index(position)]
         random = np.random.default_rng([self.seed, 1, position])
-        rater = int(random.integers(len(masks)))
+        rater = int(random.integers(self.slices.raters))
+        image, mask = self.slices.one_rater(self.slice_index(position), rater)
         t = int(self.timesteps * ((self._phase + position * _GOLDEN) % 1.0))
         noise_seed = int(random.integers(2**63))
-        img, y_0 = self.augmentation(self.preprocessing(image[None])[0], masks[rater].float(), random)
+        img, y_0 = self.augmentation(self.preprocessing(image[None])[0], mask.float(), random)
         if self.crop and (self.crop_before is None or position < self.crop_before):
             y, x = ((size - self.crop) // 2 for size in img.shape[-2:])
             img, y_0 = (a[..., y : y + self.crop, x : x + self.crop] for a in (img, y_0))

@@ -108,22 +108,32 @@ class RaterDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Image (C, H, W) in the file's dtype, masks (R, K, H, W) bool."""
+        return self._read(index, slice(None))
+
+    def one_rater(self, index: int, rater: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image (C, H, W) and the mask (K, H, W) of one rater, the others of whom are not read."""
+        if not 0 <= rater < self.raters:
+            raise IndexError(f"rater must be in [0, {self.raters}), got {rater}")
+        image, masks = self._read(index, slice(rater, rater + 1))
+        return image, masks[0]
+
+    def _read(self, index: int, raters: slice) -> tuple[torch.Tensor, torch.Tensor]:
         if not -self._length <= index < self._length:
             raise IndexError(f"index must be in [0, {self._length}), got {index}")
         index = int(index) % self._length
         if self._memory is not None:
-            image, mask = (array[index] for array in self._memory)
+            image, mask = self._memory[0][index], self._memory[1][index, raters]
         else:
             # An HDF5 handle must not be shared with a forked worker.
             if self._file is None or self._owner != os.getpid():
                 self._file, self._owner = self._open(), os.getpid()
-            image, mask = self._file["image"][index], self._file["mask"][index]
+            image, mask = self._file["image"][index], self._file["mask"][index, raters]
             self._check(image[None], mask[None], index)
         height, width = self.image_size
         native = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("="))
         return (
             torch.from_numpy(native.copy()).reshape(self.img_channels, height, width),
-            torch.from_numpy(mask.astype(bool)).reshape(self.raters, self.mask_channels, height, width),
+            torch.from_numpy(mask.astype(bool)).reshape(-1, self.mask_channels, height, width),
         )
 
     def __getstate__(self) -> dict[str, Any]:

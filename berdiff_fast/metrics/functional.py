@@ -47,7 +47,7 @@ def iou_distance(a: Any, b: Any) -> torch.Tensor:
     """
     a, b = _same_images("a", a, "b", b)
     count = a.shape[1]
-    return _tensor(1 - _iou(a, b)[:, :count, count:], a.device)
+    return _tensor(1 - _iou(a, b)[:, :count, count:], a)
 
 
 def generalized_energy_distance(raters: Any, samples: Any) -> torch.Tensor:
@@ -194,7 +194,7 @@ def calibration_bins(raters: Any, samples: Any, bins: int = 10) -> torch.Tensor:
     """
     raters, samples = _same_images("raters", raters, "samples", samples)
     checks.integer("bins", bins, 1)
-    return _tensor(_calibration_bins(vote_histogram(raters, samples).cpu().numpy(), bins), raters.device)
+    return _tensor(_calibration_bins(vote_histogram(raters, samples).cpu().numpy(), bins), raters)
 
 
 def calibration_error(bins: torch.Tensor) -> torch.Tensor:
@@ -272,22 +272,19 @@ def _evaluate(
     for name in names:
         if name not in METRICS:
             raise ValueError(f"names must be of {list(METRICS)}, got {name!r}")
-    total, device = raters.shape[1], raters.device
-    results: dict[int, dict[str, torch.Tensor]] = {}
-    if not _OF_IOU.keys().isdisjoint(names):
+    total = raters.shape[1]
+    results: dict[int, dict[str, torch.Tensor]] = {count: {} for count in counts}
+    if of_iou := [name for name in names if name in _OF_IOU]:
         iou = _iou(raters, samples)
-    for count in counts:
-        if not _OF_VOTES.keys().isdisjoint(names):
+        for count, found in results.items():
+            of_count = iou[:, : total + count, : total + count]
+            for name in of_iou:
+                found[name] = _tensor(_OF_IOU[name](of_count, total), raters)
+    if of_votes := [name for name in names if name in _OF_VOTES]:
+        for count, found in results.items():
             votes = vote_histogram(raters, samples[:, :count]).cpu().numpy()
-        results[count] = {
-            name: _tensor(
-                _OF_IOU[name](iou[:, : total + count, : total + count], total)
-                if name in _OF_IOU
-                else _OF_VOTES[name](votes),
-                device,
-            )
-            for name in names
-        }
+            for name in of_votes:
+                found[name] = _tensor(_OF_VOTES[name](votes), raters)
     return results
 
 
@@ -296,8 +293,7 @@ def _evaluate(
 
 def _iou(raters: torch.Tensor, samples: torch.Tensor) -> np.ndarray:
     """IoU of any two masks of an image, those of the raters first."""
-    shared = ops.overlap(raters, samples).cpu().numpy().astype(np.float64)
-    shared += _ALMOST_NOTHING
+    shared = ops.overlap(raters, samples).cpu().numpy() + _ALMOST_NOTHING
     area = shared.diagonal(0, 1, 2)
     union = area[:, :, None] + area[:, None, :]
     union -= shared
@@ -316,15 +312,21 @@ def _ged_weights(raters: int, samples: int) -> np.ndarray:
 
 
 def _hm_iou(iou: np.ndarray, raters: int) -> np.ndarray:
-    from scipy.optimize import linear_sum_assignment  # here, because importing it takes longer than all of this package
-
+    best_pairs = _linear_sum_assignment()
     n = iou.shape[1] - raters
     size = math.lcm(raters, n)
     costs = (1 - iou[:, :raters, raters:]).repeat(size // raters, axis=1)
     if size > n:
         costs = costs.repeat(size // n, axis=2)
     # Adding up a list takes less time than calling NumPy for it.
-    return np.array([1 - sum(image[linear_sum_assignment(image)].tolist()) / size for image in costs])
+    return np.array([1 - sum(image[best_pairs(image)].tolist()) / size for image in costs])
+
+
+@functools.cache
+def _linear_sum_assignment() -> Callable[..., Any]:
+    from scipy.optimize import linear_sum_assignment  # here, because importing it takes longer than all of this package
+
+    return linear_sum_assignment
 
 
 def _sample_diversity(iou: np.ndarray, raters: int) -> np.ndarray:
@@ -423,6 +425,6 @@ def _masks(name: str, value: Any) -> torch.Tensor:
     return masks
 
 
-def _tensor(values: np.ndarray, device: torch.device) -> torch.Tensor:
+def _tensor(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     result = torch.from_numpy(values)
-    return result if device.type == "cpu" else result.to(device)
+    return result if like.is_cpu else result.to(like.device)
