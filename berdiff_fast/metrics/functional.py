@@ -427,4 +427,5 @@ def _masks(name: str, value: Any) -> torch.Tensor:
 
 def _tensor(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     result = torch.from_numpy(values)
+    # Asking for a device and its type takes longer than the rest of this.
     return result if like.is_cpu else result.to(like.device)
