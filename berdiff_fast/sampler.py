@@ -301,14 +301,15 @@ class _Call:
         """All steps of a chunk: masks (rows, K, *spatial) and, where asked for, their probability."""
 
         def draw(img: torch.Tensor, seeds: torch.Tensor, raised: torch.Tensor) -> torch.Tensor:
-            return self.draw(network, replace(chunk, img=img, seeds=seeds), raised)[0]
+            # The first sample comes with the seeds.
+            return self.draw(network, replace(chunk, img=img, seeds=seeds, first_sample=0), raised)[0]
 
         captured = None
         if chunk.img.is_cuda and chunk.of_row is None and not return_probability:
             captured = network.graph(draw, chunk, self)
         if captured is None:
             return self.draw(network, chunk, flags, return_probability, advance)
-        masks, raised = captured.replay(chunk.img, chunk.seeds)
+        masks, raised = captured.replay(chunk.img, chunk.seeds, chunk.first_sample)
         flags.logical_or_(raised)
         advance(chunk.rows * len(self.sampler.timesteps))
         return masks, None
@@ -376,7 +377,7 @@ class _Chunk:
     """Masks that go through the network together."""
 
     img: torch.Tensor  # (b, C, *spatial)
-    seeds: torch.Tensor  # (b,)
+    seeds: torch.Tensor  # (b,), or (b, 2) with the first sample of each
     rows: int
     n: int  # masks per image
     first_sample: int
@@ -385,8 +386,8 @@ class _Chunk:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Chunks of images of one shape with the same key are the same work."""
-        return self.rows, self.n, self.first_sample
+        """Chunks of images of one shape with the same key are the same work, on other samples."""
+        return self.rows, self.n
 
 
 # ---------------------------------------------------------------------- the network
@@ -424,13 +425,13 @@ class _Network:
 
     def forget_graphs(self, call: _Call) -> None:
         """For the memory that they hold."""
-        call.sampler.graphs.clear()
+        graph.drop(call.sampler.graphs)
 
 
 class _Prepared(_Network):
     """A ``UNet`` in its prepared form."""
 
-    def __init__(self, prepared: inference.PreparedUNet) -> None:
+    def __init__(self, prepared: inference.Prepared) -> None:
         self.prepared = prepared
 
     def graph(self, draw: graph.Draw, chunk: _Chunk, call: _Call) -> graph.Graph | None:
@@ -440,7 +441,7 @@ class _Prepared(_Network):
         return graph.captured(prepared.graphs, key, draw, chunk.img, chunk.seeds, prepared.steps + 1, keep, check=False)
 
     def forget_graphs(self, call: _Call) -> None:
-        self.prepared.graphs.clear()
+        graph.drop(self.prepared.graphs)
 
     def images(self, img: torch.Tensor) -> torch.Tensor:
         return self.prepared.encode(img)

@@ -27,6 +27,7 @@ the largest one, and no further from float64's than they are (tests/test_inferen
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,9 @@ from torch import nn
 
 from berdiff_fast import ops
 from berdiff_fast.backends import select
-from berdiff_fast.network.graph import Graph
+from berdiff_fast.network import fused
+from berdiff_fast.network.fused import FusedUNet
+from berdiff_fast.network.graph import Graph, drop
 from berdiff_fast.network.unet import (
     AttentionBlock,
     Downsample,
@@ -161,8 +164,14 @@ _KNOWN |= {nn.Conv1d, nn.Conv2d, nn.Conv3d}
 #: Prepared forms of a network that are kept, each with a copy of its weights: in float32 and by Winograd, say.
 KEPT = 2
 
-#: They, by timesteps and arithmetic, with the weights that they were made of.
-_prepared: WeakKeyDictionary[UNet, dict[Any, tuple[Any, torch.Tensor, PreparedUNet]]] = WeakKeyDictionary()
+#: For a GPU with tensor cores ``fused.FusedUNet``, else ``PreparedUNet``.
+Prepared = PreparedUNet | FusedUNet
+
+#: Prepared forms, (timesteps, dtype, winograd, fused) -> (weights' addresses and versions, their norms, form).
+_prepared: WeakKeyDictionary[UNet, dict[Any, tuple[Any, torch.Tensor, Prepared]]] = WeakKeyDictionary()
+
+# A form is made by one thread, and is whole before another one sees it.
+_lock = threading.RLock()
 
 
 def why_not(network: Any) -> str | None:
@@ -183,28 +192,40 @@ def why_not(network: Any) -> str | None:
 
 def prepare(
     network: UNet, timesteps: Sequence[float], *, dtype: torch.dtype | None = None, winograd: bool = False
-) -> PreparedUNet:
+) -> Prepared:
     """The prepared form of a network as it is now: a former one, unless timesteps or weights have changed.
 
     Weights are compared by their addresses and versions, and on the CPU also by their norms, since writes by way of
     ``.data`` change no version.
     """
-    parameters = list(network.parameters())
-    versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
-    weights = (versions, parameters[0].dtype, parameters[0].device)
-    # On a GPU reading these would make the host wait.
-    on_cpu = [p.detach() for p in parameters if p.is_cpu]
-    norms = torch.stack(torch._foreach_norm(on_cpu)) if on_cpu else torch.zeros(())
-    forms = _prepared.setdefault(network, {})
-    key = (tuple(timesteps), dtype or parameters[0].dtype, winograd)
-    found = forms.get(key)
-    if found is None or found[0] != weights or not torch.equal(found[1], norms):
-        # Forms of weights that are gone are of no more use.
-        stale = [k for k, form in forms.items() if form[0] != weights or not torch.equal(form[1], norms)]
-        for k in stale or list(forms)[: max(0, len(forms) + 1 - KEPT)]:
-            del forms[k]
-        found = forms[key] = (weights, norms, PreparedUNet(network, timesteps, dtype=dtype, winograd=winograd))
-    return found[2]
+    with _lock:
+        parameters = list(network.parameters())
+        device = parameters[0].device
+        dtype = parameters[0].dtype if dtype is None else dtype
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+        weights = (versions, parameters[0].dtype, device)
+        # On a GPU reading these would make the host wait.
+        on_cpu = [p.detach() for p in parameters if p.is_cpu]
+        norms = torch.stack(torch._foreach_norm(on_cpu)) if on_cpu else torch.zeros(())
+        forms = _prepared.setdefault(network, {})
+        fuse = not winograd and fused.why_not(network, device, dtype) is None
+        key = (tuple(timesteps), dtype, winograd, fuse)
+        found = forms.get(key)
+        if found is None or found[0] != weights or not torch.equal(found[1], norms):
+            # Forms of weights that are gone are of no more use.
+            stale = [k for k, form in forms.items() if form[0] != weights or not torch.equal(form[1], norms)]
+            for k in stale or list(forms)[: max(0, len(forms) + 1 - KEPT)]:
+                drop(forms.pop(k)[2].graphs)
+            form: Prepared
+            if fuse:
+                form = FusedUNet(network, timesteps, dtype=dtype)
+            else:
+                form = PreparedUNet(network, timesteps, dtype=dtype, winograd=winograd)
+            if device.type == "cuda":
+                # Once: another thread may read the weights on another stream.
+                torch.cuda.current_stream(device).synchronize()
+            found = forms[key] = (weights, norms, form)
+        return found[2]
 
 
 # ---------------------------------------------------------------------- layers
