@@ -8,14 +8,18 @@ one that no case launches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
 
 from berdiff_fast.backends import triton as kernels
+
+ARCHITECTURES = (80, 90, 100)
+
+backend = kernels.backend
 
 BF16, F16, F32, BOOL = torch.bfloat16, torch.float16, torch.float32, torch.bool
 INT32, INT64, F64 = torch.int32, torch.int64, torch.float64
@@ -37,28 +41,36 @@ def gpu(*shape: int, dtype: torch.dtype = F32, offset: int = 0) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a method of the backend.
+    """A call of a method of the backend, or of another object that launches kernels.
 
     Args:
-        method: its name.
+        method: bound to its object.
         arguments: in order.
-        wide: loads of 16 bytes that kernels have to have, at the least, by the kernel's name.
         options: keyword arguments.
+        wide: loads of 16 bytes that kernels have to have, at the least, by the kernel's name.
+        architectures: that it is for.
     """
 
-    method: str
+    method: Callable[..., Any]
     arguments: tuple[Any, ...]
+    options: Mapping[str, Any]
     wide: Mapping[str, int]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    architectures: tuple[int, ...]
 
     @property
     def label(self) -> str:
         given = [_told(a) for a in self.arguments] + [f"{k}={_told(a)}" for k, a in self.options.items()]
-        return f"{self.method}({', '.join(given)})"
+        return f"{self.method.__name__}({', '.join(given)})"
 
 
-def case(method: str, *arguments: Any, wide: Mapping[str, int] | None = None, **options: Any) -> Case:
-    return Case(method, arguments, wide or {}, options)
+def case(
+    method: Callable[..., Any],
+    *arguments: Any,
+    wide: Mapping[str, int] | None = None,
+    architectures: tuple[int, ...] = ARCHITECTURES,
+    **options: Any,
+) -> Case:
+    return Case(method, arguments, options, wide or {}, architectures)
 
 
 def _told(argument: Any) -> str:
@@ -105,14 +117,14 @@ def draws(quick: bool) -> Iterator[Case]:
         return gpu(rows, size, dtype=dtype)
 
     for dtype, size, n in product((BF16,) if quick else (BOOL, F32, BF16, F16), pixels, SAMPLES):
-        yield case("noise", mask(size, dtype), seeds, n, 0, 0)
+        yield case(backend.noise, mask(size, dtype), seeds, n, 0, 0)
     # Of a chunk that does not begin with the first mask: not to be specialised.
     for first_row, first_sample in ((1, 1), (16, 16)):
-        yield case("noise", mask(16384, BF16), seeds, 16, first_row, first_sample)
+        yield case(backend.noise, mask(16384, BF16), seeds, 16, first_row, first_sample)
 
     for dtype, size, n in product((BOOL,) if quick else (BOOL, F32, BF16, F16), pixels, (1,) if quick else SAMPLES):
         y, t = mask(size, dtype), gpu(rows, dtype=INT64)
-        yield case("q_sample", y, y, t, gpu(rows, 2), seeds, n, 0, 0)
+        yield case(backend.q_sample, y, y, t, gpu(rows, 2), seeds, n, 0, 0)
 
     # What becomes of y_t, y_t, the logits: steps on the way, the last one, and with masks of any type.
     types = ((BF16, BF16, BF16), (F32, F32, F32), (F16, F16, F16), (BOOL, F32, F32), (BOOL, BF16, BF16))
@@ -120,22 +132,26 @@ def draws(quick: bool) -> Iterator[Case]:
         wide = {"step_kernel": of_draws(y_t, z)} if size % 16 == 0 else {}
         given = mask(size, out), mask(size, y_t), mask(size, z), gpu(4)
         for predicts_y0 in (False, True) if size == 16384 or not quick else (False,):
-            yield case("step", *given, flag, 500, predicts_y0, False, seeds, n, 0, 0, wide=wide)
+            yield case(backend.step, *given, flag, 500, predicts_y0, False, seeds, n, 0, 0, wide=wide)
         if n == 1 and (size == 16384 or not quick):
-            yield case("step", *given, flag, 0, False, True, seeds, n, 0, 0, wide=wide)
+            yield case(backend.step, *given, flag, 0, False, True, seeds, n, 0, 0, wide=wide)
     y, z = mask(16384, BOOL), mask(16384, F32)
-    yield case("step", y, y, z, gpu(4), flag, 1, False, False, seeds, 1, 2**33, 0, wide={"step_kernel": of_draws(F32)})
+    yield case(
+        backend.step, y, y, z, gpu(4), flag, 1, False, False, seeds, 1, 2**33, 0, wide={"step_kernel": of_draws(F32)}
+    )
     # A step's own flag lies where it lies; so may masks that are slices.
     y = mask(16384, BF16)
-    yield case("step", y, y, y, gpu(4), gpu(1, dtype=INT32, offset=1), 1, False, False, seeds, 16, 0, 0)
+    yield case(backend.step, y, y, y, gpu(4), gpu(1, dtype=INT32, offset=1), 1, False, False, seeds, 16, 0, 0)
     y = gpu(rows, 16384, dtype=BF16, offset=1)
-    yield case("step", y, y, y, gpu(4), flag, 1, False, False, seeds, 16, 0, 0)
+    yield case(backend.step, y, y, y, gpu(4), flag, 1, False, False, seeds, 16, 0, 0)
 
     types_2 = ((BF16, BF16), (BOOL, F32), (F32, F32), (F16, F16))
     for (y_t, z), size in product(types_2[:1] if quick else types_2, pixels):
         for predicts_y0 in (True,) if quick else (False, True):
             wide = {"posterior_kernel": of_draws(y_t, z)} if size % 16 == 0 else {}
-            yield case("posterior", gpu(rows, size), mask(size, y_t), mask(size, z), gpu(4), predicts_y0, wide=wide)
+            yield case(
+                backend.posterior, gpu(rows, size), mask(size, y_t), mask(size, z), gpu(4), predicts_y0, wide=wide
+            )
 
 
 def losses(quick: bool) -> Iterator[Case]:
@@ -146,7 +162,7 @@ def losses(quick: bool) -> Iterator[Case]:
         ignore = gpu(rows, size, dtype=BOOL if quick else y) if ignores else None
         for predicts_y0 in (ignores,) if quick else (False, True):
             yield case(
-                "diffusion_loss",
+                backend.diffusion_loss,
                 *(gpu(rows), gpu(rows, size, dtype=gradient), gpu(rows, size, dtype=z), *masks),
                 *(gpu(rows, 14, dtype=F64), ignore, gpu(rows, dtype=INT64) if ignores else None, predicts_y0),
                 wide={"loss_kernel": of_draws(z, y, y) if y is not BOOL else of_draws(z)} if size % 16 == 0 else {},
@@ -156,10 +172,12 @@ def losses(quick: bool) -> Iterator[Case]:
     for size in (63, 1024, 4097, 4096):
         y = gpu(rows, size, dtype=BOOL)
         given = gpu(rows), gpu(rows, size), gpu(rows, size), y, y, gpu(rows, 14, dtype=F64)
-        yield case("diffusion_loss", *given, None, None, False)
-        yield case("diffusion_loss", *given, y, gpu(rows, dtype=INT64), True)
+        yield case(backend.diffusion_loss, *given, None, None, False)
+        yield case(backend.diffusion_loss, *given, y, gpu(rows, dtype=INT64), True)
     y = gpu(1, 16384, dtype=BOOL)  # one mask
-    yield case("diffusion_loss", gpu(1), gpu(1, 16384), gpu(1, 16384), y, y, gpu(1, 14, dtype=F64), None, None, False)
+    yield case(
+        backend.diffusion_loss, gpu(1), gpu(1, 16384), gpu(1, 16384), y, y, gpu(1, 14, dtype=F64), None, None, False
+    )
 
 
 def overlaps(quick: bool) -> Iterator[Case]:
@@ -167,7 +185,7 @@ def overlaps(quick: bool) -> Iterator[Case]:
         for size in (16384,) if quick else (1, 63, 4097, 16384):
             for type_a, type_b in ((BOOL, BOOL), (F32, F32), (BF16, BOOL), (F16, F16))[: 1 if quick else 4]:
                 masks = gpu(2, a, size, dtype=type_a), gpu(2, b, size, dtype=type_b)
-                yield case("overlap", gpu(2, a + b, a + b, dtype=INT64), *masks)
+                yield case(backend.overlap, gpu(2, a + b, a + b, dtype=INT64), *masks)
 
 
 def networks(quick: bool) -> Iterator[Case]:
@@ -188,4 +206,4 @@ def networks(quick: bool) -> Iterator[Case]:
             wide = {f"group_norm_{part}_kernel": of_norms(dtype, dtype) for part in ("sums", "apply")}
         for silu in (True,) if quick else (True, False):
             given = gpu(2, pixels, channels, dtype=dtype), x, other, gpu(channels), gpu(channels)
-            yield case("group_norm_silu", *given, groups, 1e-5, silu, wide=wide)
+            yield case(backend.group_norm_silu, *given, groups, 1e-5, silu, wide=wide)

@@ -129,13 +129,14 @@ def all_functions() -> dict[str, JITFunction]:
         source = Path(backends.__path__[0], f"{module.name}.py")
         if source.is_file() and "triton.jit" in source.read_text():
             for value in vars(__import__(f"berdiff_fast.backends.{module.name}", fromlist=["*"])).values():
-                if isinstance(value, JITFunction):
+                if isinstance(value, JITFunction) and value.fn.__module__.startswith("berdiff_fast."):
                     found[value.fn.__name__] = value
     return found
 
 
-def methods() -> list[str]:
-    return [name for name, value in vars(type(kernels.backend)).items() if callable(value) and name[0] != "_"]
+def methods(kinds: set[type]) -> set[tuple[type, str]]:
+    """The public ones of classes."""
+    return {(kind, name) for kind in kinds for name, value in vars(kind).items() if callable(value) and name[0] != "_"}
 
 
 def reached(names: set[str], functions: dict[str, JITFunction]) -> set[str]:
@@ -243,11 +244,12 @@ def main() -> None:
 
     failures, called = [], set()
     for compiler.case in triton_cases.cases(quick=not chosen.all):
-        if compiler.case.method == chosen.without:
+        method = compiler.case.method
+        if method.__name__ == chosen.without or chosen.architecture not in compiler.case.architectures:
             continue
-        called.add(compiler.case.method)
+        called.add((type(method.__self__), method.__name__))
         try:
-            getattr(kernels.backend, compiler.case.method)(*compiler.case.arguments, **compiler.case.options)
+            method(*compiler.case.arguments, **compiler.case.options)
         except Exception as error:  # the test names them all
             failures.append(f"{compiler.case.label}: {type(error).__name__}: {str(error).strip()[-600:]}")
 
@@ -257,7 +259,7 @@ def main() -> None:
         "failures": failures,
         "launched": sorted(launched),
         "not_launched": sorted(set(functions) - reached(launched, functions)),
-        "not_called": sorted(set(methods()) - called),
+        "not_called": sorted(name for kind, name in methods({kind for kind, _ in called}) - called),
         "kept_as_they_are": {
             name: [p.name for p in function.params if p.do_not_specialize] for name, function in functions.items()
         },
