@@ -196,8 +196,22 @@ OPERATIONS: dict[str, Rule] = {
 }
 
 
-#: By the Triton kernel's name, for those that no op of ours launches. Each is called with the arguments by name.
+def once(kind: str, flop: Callable[[dict[str, Any]], int] = lambda given: 0) -> Callable[..., list[Work]]:
+    """A launch that reads or writes each of its tensors once; ``flop`` is told its arguments by name."""
+
+    def rule(given: dict[str, Any]) -> list[Work]:
+        # Of a tensor descriptor, what it describes; of a tensor that is given twice, once.
+        tensors = {id(x): x for x in (getattr(x, "base", x) for x in given.values())}
+        return [Work(kind, size(*tensors.values()), flop(given))]
+
+    return rule
+
+
+#: By the Triton kernel's name, for those that no op of ours launches: called with the arguments by name.
 LAUNCHES: dict[str, Callable[[dict[str, Any]], list[Work]]] = {}
+
+#: Forms of a network that a GPU may run, each of which has its budget.
+FORMS: dict[str, Callable[..., Any]] = {"prepared": PreparedUNet}
 
 
 # What torch.compile makes of the plain network if it fuses all that can be: no pass for a bias, a norm that reads once
@@ -336,10 +350,10 @@ def networks() -> dict[str, UNet]:
     return {"published": published, "lidc": load("lidc").network.to("meta")}
 
 
-def prepared(network: UNet) -> list[Work]:
-    """A step of a call: the prepared network and the draw."""
+def step(network: UNet, make: Callable[..., Any]) -> list[Work]:
+    """A step of a call: a form of the network, and the draw."""
     with _as_on_a_gpu(), torch.no_grad():
-        form = PreparedUNet(network, torch.tensor([1.0, 2.0], device="meta"), dtype=DTYPE)
+        form = make(network, torch.tensor([1.0, 2.0], device="meta"), dtype=DTYPE)
         features = form.encode(torch.empty(1, network.img_channels, SIDE, SIDE, device="meta", dtype=DTYPE))
         y = torch.empty(MASKS, network.mask_channels, SIDE, SIDE, device="meta", dtype=DTYPE)
         seeds, table = torch.empty(1, dtype=torch.int64, device="meta"), torch.empty(4, device="meta")
@@ -377,12 +391,14 @@ def summed(work: list[Work]) -> dict[str, Any]:
 
 
 def count() -> dict[str, Any]:
-    """The budget of each network."""
+    """The budget of each network in each form."""
     found = {}
     for name, network in networks().items():
-        ours = prepared(network)
-        of_kind = {kind: summed(chosen) for kind in KINDS if (chosen := [w for w in ours if w.kind == kind])}
-        found[name] = {**summed(ours), "of": of_kind, "plain, ideally fused": summed(plain(network))}
+        steps = {form: step(network, make) for form, make in FORMS.items()}
+        fused = summed(plain(network))
+        for form, ours in steps.items():
+            of_kind = {kind: summed(chosen) for kind in KINDS if (chosen := [w for w in ours if w.kind == kind])}
+            found[f"{name}, {form}"] = {**summed(ours), "of": of_kind, "plain, ideally fused": fused}
     return found
 
 
@@ -398,7 +414,6 @@ def exceeded(found: dict[str, Any], record: dict[str, Any]) -> list[str]:
 
 # ---------------------------------------------------------------------- the table
 
-TITLES = {"published": "published U-Net", "lidc": "`lidc`"}
 _PLACE = re.compile(r"(<!-- budget -->\n).*?(<!-- /budget -->)", re.DOTALL)
 
 
@@ -407,7 +422,7 @@ def table(record: dict[str, Any]) -> str:
     lines = []
     for name, found in record.items():
         lines += [
-            f"**a step of {MASKS} masks of {SIDE} x {SIDE}, {str(DTYPE).removeprefix('torch.')}, {TITLES[name]}**",
+            f"**a step of {MASKS} masks of {SIDE} x {SIDE}, {str(DTYPE).removeprefix('torch.')}: {name}**",
             "",
             "| | kernels | GFLOP | MB | " + " | ".join(f"{gpu}, ms, estimate" for gpu in GPUS) + " |",
             "|---|---|---|---|" + "---|" * len(GPUS),
