@@ -38,7 +38,7 @@ def start(architecture: int, *options: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 900) -> dict[str, Any]:
+def finish(process: subprocess.Popen[str], timeout: float = 300) -> dict[str, Any]:
     try:
         out, errors = process.communicate(timeout=timeout)
     finally:
@@ -54,7 +54,7 @@ def compiled(architecture: int, everything: bool) -> dict[str, Any]:
     options = ["--all"] if everything else []
     running = [start(architecture, *options, "--shard", str(i), str(shards)) for i in range(shards)]
     try:
-        reports = [finish(process) for process in running]
+        reports = [finish(process, timeout=3600 if everything else 900) for process in running]
     finally:
         for process in running:
             process.kill()
