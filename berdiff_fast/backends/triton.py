@@ -290,8 +290,10 @@ def overlap_kernel(
     tl.atomic_add(out + at, counts.to(tl.int64), mask=live, sem="relaxed")
 
 
-#: Masks and pixels of a program of the overlap kernel, and how often it takes so many pixels.
-OVERLAP_SIZES = {"MASKS": 32, "PIXELS": 128, "STEPS": 32}
+#: Masks and pixels of a program of the overlap kernel, and how often it takes so many pixels. Twice as many at a time
+#: need more registers than there are; so do these where, in masks of odd sizes, every pixel is a load of its own.
+OVERLAP_SIZES = {"MASKS": 32, "PIXELS": 64, "STEPS": 64}
+_ODD_OVERLAP_SIZES = {"MASKS": 32, "PIXELS": 32, "STEPS": 128}
 _INTERPRETED_OVERLAP_SIZES = {"MASKS": 32, "PIXELS": 4096, "STEPS": 1}
 
 
@@ -659,7 +661,8 @@ class TritonBackend:
     def overlap(self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         images, a_masks, b_masks = a.shape[0], a.shape[1], b.shape[1]
         pixels = math.prod(a.shape[2:])
-        sizes = OVERLAP_SIZES if out.is_cuda else _INTERPRETED_OVERLAP_SIZES
+        sizes = OVERLAP_SIZES if pixels % 16 == 0 else _ODD_OVERLAP_SIZES
+        sizes = sizes if out.is_cuda else _INTERPRETED_OVERLAP_SIZES
         spans = triton.cdiv(pixels, sizes["PIXELS"] * sizes["STEPS"])
         groups = triton.cdiv(a_masks + b_masks, sizes["MASKS"])
         if spans == 0:
