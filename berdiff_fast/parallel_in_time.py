@@ -10,7 +10,7 @@ batch, and drawn again, until nothing changes. Three things differ from there:
 * Drawing is cheap and the network dear. So a round draws the window's steps one after the other, each from the state
   *just drawn*, with the y_0 that the network predicted from the state guessed before. (ParaDiGMS adds up the drifts of
   a window, which does the same for Gaussian noise. Drawn from the guessed state, the news of a changed bit would travel
-  one step a round, and there would be nearly as many rounds as steps: docs/performance.md counts them.)
+  one step a round, and most of the gain would be lost: docs/performance.md counts the rounds.)
 * Drawing on with the last prediction guesses the steps that come into the window. So the first round has one step only.
 
 A state is *settled* when it is the sequential sampler's. The first one of a window always is. If the ones after it were

@@ -84,7 +84,8 @@ def sample(
         parallel: how many steps of a mask go through the network in one call, guessed ahead and drawn again until they
             no longer change (``parallel_in_time``). The masks are the same, but for what a network's rounding owes to
             its batch, in fewer calls of more masks each: for a GPU that a single mask does not fill, and many steps.
-            The host waits for the device at every call. By default one step after another.
+            At every call the host reads how many steps are settled and so waits for the device, and no CUDA graph is
+            made. By default one step after another.
         backend: of the draws: "auto", "reference", "cpp", "cuda" or "triton".
         progress: show a progress bar.
 

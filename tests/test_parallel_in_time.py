@@ -349,3 +349,23 @@ def test_lidc_on_a_slice_of_its_validation_set():
     options = dict(seed=[300], return_probability=True)
     (found, probability), (masks, expected) = (bf.sample(model, img, 1, 10, parallel=p, **options) for p in (8, None))
     assert torch.equal(found, masks) and (probability - expected).abs().max() < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_on_the_gpu(img, backend, prediction):
+    """Also beside a sequential call that is a graph; and the prepared U-Net, within rounding."""
+
+    def network(y_t, t, image):
+        time = (t.to(y_t.dtype) * 0.001).reshape(-1, 1, 1, 1)
+        return 4 * (image * 1.5 + y_t.roll(1, -1) * 0.75 - y_t.roll(-1, -2) * 2 + y_t * time)
+
+    options = dict(schedule="cosine2", prediction=prediction, backend=backend, return_probability=True)
+    one, several = draw(network, img.cuda(), **options), draw(network, img.cuda(), parallel=5, **options)
+    assert torch.equal(one[0], several[0]) and torch.equal(one[1], several[1])
+    model, image = small(prediction == "epsilon").cuda(), toy_image(2, 1, 16, 16).cuda()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        masks = [draw(model, image, 3, 8, backend=backend, parallel=p) for p in (None, 4, None, 4, None)]
+    assert torch.equal(masks[1], masks[3])
+    assert all((m != masks[1]).double().mean() < 0.01 for m in masks)
