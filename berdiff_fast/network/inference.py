@@ -130,12 +130,12 @@ class PreparedUNet:
         x = self._patches(img.to(self.dtype))
         return _CONVOLUTIONS[self.spatial_dims](_channels_last(x), self._img_weight, self._img_bias, padding=1)
 
-    def __call__(self, y_t: torch.Tensor, step: int, features: torch.Tensor) -> torch.Tensor:
+    def __call__(self, y_t: torch.Tensor, step: int | slice, features: torch.Tensor) -> torch.Tensor:
         """Logits (N, K, *spatial) for noisy masks.
 
         Args:
             y_t: (N, K, *spatial) of 0 and 1 in ``dtype``.
-            step: index into ``timesteps``.
+            step: index into ``timesteps``; or a slice of several, for N masks of which each has as many, in turn.
             features: ``encode`` of each mask's image (N, ...), or of B images with N / B masks each, in turn.
         """
         h = _CONVOLUTIONS[self.spatial_dims](_channels_last(self._patches(y_t)), self._mask_weight, padding=1)
@@ -244,7 +244,13 @@ class _Norm:
     silu: bool
     backend: str
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int = 0) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice = 0) -> torch.Tensor:
+        if isinstance(step, slice):
+            if self.weight.ndim == 2:
+                assert other is None  # a block's second norm
+                steps = range(step.start, step.stop)
+                return torch.cat([self(part, None, s) for s, part in zip(steps, x.chunk(len(steps)), strict=True)])
+            step = 0
         return ops.group_norm_silu(
             x,
             self.weight[step] if self.weight.ndim == 2 else self.weight,
@@ -266,9 +272,17 @@ class _Convolution:
     bias: torch.Tensor
     options: dict[str, Any]
 
-    def __call__(self, x: torch.Tensor, step: int = 0) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, step: int | slice = 0) -> torch.Tensor:
         bias = self.bias[step] if self.bias.ndim == 2 else self.bias
-        return self.call(x, self.weight, bias, **self.options)
+        if bias.ndim == 1:
+            return self.call(x, self.weight, bias, **self.options)
+        out = self.unbiased(x)
+        of_steps = bias.view(len(bias), 1, -1, *[1] * (x.ndim - 2))
+        out.unflatten(0, (len(bias), -1)).add_(of_steps)
+        return out
+
+    def unbiased(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(x, self.weight, None, **self.options)
 
     def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The convolution of x, and ``residual`` added."""
@@ -278,6 +292,9 @@ class _Convolution:
 @dataclass
 class _Winograd(_Convolution):
     """A convolution by ``backends.cpp.winograd``."""
+
+    def unbiased(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(x, self.weight, torch.zeros_like(self.bias[0]), **self.options)
 
     def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self.call(x, self.weight, self.bias, residual=residual, **self.options)
@@ -293,7 +310,7 @@ class _Residual:
     conv_2: _Convolution
     skip: torch.Tensor | None  # (inputs, outputs); its bias is in conv_2's
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice) -> torch.Tensor:
         h = self.norm_2(self.conv_1(self.norm_1(x, other), step), None, step)
         if self.skip is None:
             both = x if other is None else _channels_last(torch.cat([x, other], dim=1))
@@ -316,7 +333,7 @@ class _Attention:
     out: tuple[torch.Tensor, torch.Tensor]
     heads: int
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice) -> torch.Tensor:
         n, channels = x.shape[:2]
         qkv = F.linear(_tokens(self.norm(x, None)).view(n, -1, channels), *self.qkv)
         # Channels are ordered head first, then q, k, v.
@@ -332,7 +349,7 @@ class _Resize:
 
     call: Callable[[torch.Tensor], torch.Tensor]
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice) -> torch.Tensor:
         return self.call(x)
 
 
@@ -342,7 +359,7 @@ class _Sequence:
 
     layers: list[Any]
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice) -> torch.Tensor:
         for layer in self.layers:
             x, other = layer(x, other, step), None
         return x
