@@ -93,7 +93,7 @@ def write_tile(
     tl.store(sums + COUT + channel, tl.sum(found * found, axis=1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "down", "across", "images_per_row"])
 def convolution_kernel(
     out,
     sums,
@@ -107,6 +107,7 @@ def convolution_kernel(
     width,
     down,
     across,
+    images_per_row,
     COUNT: tl.constexpr,
     COUNT_A: tl.constexpr,
     COUNT_B: tl.constexpr,
@@ -138,7 +139,7 @@ def convolution_kernel(
         a, b: descriptors of (N, H, W, COUNT_A) and (N, H, W, COUNT_B), which are projected (1 x 1) and added, unless they
             have no channels.
         weight: descriptor of (PHASES COUT, TAPS COUNT + COUNT_A + COUNT_B) with blocks (OUTPUTS, K).
-        bias: (COUT) float32.
+        bias: (rows, COUT) float32, each for ``images_per_row`` images.
         residual: as out; read if RESIDUAL.
         height, width: H, W of the output, of one phase.
         down, across: tiles per image along H and W.
@@ -182,6 +183,7 @@ def convolution_kernel(
             products = tl.dot(w, pixels.T, products, input_precision=PRECISION)
 
     to = sums + tile.to(tl.int64) * (2 * COUT)
+    bias += image // images_per_row * COUT
     area = (height * SIDE * width * SIDE).to(tl.int64) * COUT  # elements of an image; within one, 32 bits suffice
     if OUTPUTS < 128:
         write_tile(
@@ -267,7 +269,7 @@ def add_tiles(sums, tiles, image, channel, in_it, count, TILES: tl.constexpr, SI
     return total, squares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "other_tiles", "pixels", "images_per_row"])
 def norm_factors_kernel(
     factors,
     sums,
@@ -281,6 +283,7 @@ def norm_factors_kernel(
     pixels,
     groups,
     eps,
+    images_per_row,
     TILES: tl.constexpr,
     SIZE: tl.constexpr,
 ):
@@ -289,7 +292,7 @@ def norm_factors_kernel(
     Args:
         factors: (N, 2, C + C') float32.
         sums, other_sums: (N, tiles, 2, C) and (N, other_tiles, 2, C') float32, of two tensors concatenated by channel.
-        weight, bias: (C + C') float32.
+        weight, bias: (rows, C + C') float32, each for ``images_per_row`` images.
         count, other_count: C, C'.
         pixels: H W.
     """
@@ -299,8 +302,9 @@ def norm_factors_kernel(
     index = tl.arange(0, SIZE)
     channel = tl.program_id(0) % groups * size + index
     live = index < size
-    scale = tl.load(weight + channel, mask=live, other=0.0)
-    shift = tl.load(bias + channel, mask=live, other=0.0)
+    row = image // images_per_row * channels
+    scale = tl.load(weight + row + channel, mask=live, other=0.0)
+    shift = tl.load(bias + row + channel, mask=live, other=0.0)
     total, squares = add_tiles(sums, tiles, image, channel, live & (channel < count), count, TILES, SIZE)
     if other_count > 0:
         in_other = live & (channel >= count)
@@ -558,7 +562,7 @@ class TritonLayers:
     def factors(
         self, x: Activation, other: Activation | None, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
     ) -> torch.Tensor:
-        """See ``norm_factors_kernel``."""
+        """See ``norm_factors_kernel``; weight and bias (channels,) or, with as many rows as there are steps, (steps, channels)."""
         n, height, width, count = x.x.shape
         second = x if other is None else other
         channels = count + (0 if other is None else second.x.shape[-1])
@@ -567,7 +571,7 @@ class TritonLayers:
             self._launch(
                 norm_factors_kernel, (n * groups,),
                 factors, x.sums, second.sums, weight, bias, x.sums.shape[1], second.sums.shape[1], count,
-                channels - count, height * width, groups, eps,
+                channels - count, height * width, groups, eps, _images_per_row(n, weight),
                 TILES=32, SIZE=triton.next_power_of_2(channels // groups), num_warps=4,
             )  # fmt: skip
         return factors
@@ -596,7 +600,7 @@ class TritonLayers:
         projected: tuple[torch.Tensor, ...] = (),
         residual: torch.Tensor | None = None,
     ) -> Activation:
-        """See ``convolution_kernel``; ``bias`` is that of the timestep."""
+        """See ``convolution_kernel``; ``bias`` is the timestep's, (outputs,), or has a row for each of several."""
         n, height, width = x.shape[0], x.shape[1] // weight.stride, x.shape[2] // weight.stride
         tile = tiling(n, height, width, weight, x.element_size())
         down, across = triton.cdiv(height, tile.rows), triton.cdiv(width, tile.columns)
@@ -618,7 +622,7 @@ class TritonLayers:
             self._launch(
                 convolution_kernel, (programs,),
                 out, sums, source, a, b, matrix, bias, out if residual is None else residual, height, width, down, across,
-                COUNT=weight.inputs, COUNT_A=channels[0], COUNT_B=channels[1], COUT=weight.outputs, TAPS=weight.taps,
+                _images_per_row(n, bias), COUNT=weight.inputs, COUNT_A=channels[0], COUNT_B=channels[1], COUT=weight.outputs, TAPS=weight.taps,
                 STRIDE=weight.stride, PHASES=weight.phases, RESIDUAL=residual is not None,
                 MASKED=height % tile.rows != 0 or width % tile.columns != 0, ROWS=tile.rows, COLUMNS=tile.columns,
                 K=tile.k, OUTPUTS=tile.outputs, STAGES=tile.stages, PRECISION=self.precision, num_warps=4,
@@ -648,6 +652,10 @@ class TritonLayers:
                 MASKS=masks, PATCH=patch, COLUMNS=columns, PIXELS=256, num_warps=4,
             )  # fmt: skip
         return logits
+
+
+def _images_per_row(images: int, table: torch.Tensor) -> int:
+    return images if table.ndim == 1 else images // table.shape[0]
 
 
 def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

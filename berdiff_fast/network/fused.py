@@ -128,12 +128,12 @@ class FusedUNet:
         x = F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x
         return F.conv2d(x, self._img_weight, self._img_bias, padding=1).permute(0, 2, 3, 1).contiguous()
 
-    def __call__(self, y_t: torch.Tensor, step: int, features: torch.Tensor) -> torch.Tensor:
+    def __call__(self, y_t: torch.Tensor, step: int | slice, features: torch.Tensor) -> torch.Tensor:
         """Logits (N, K, H, W) for noisy masks.
 
         Args:
             y_t: (N, K, H, W) of 0 and 1 in ``dtype``.
-            step: index into ``timesteps``.
+            step: index into ``timesteps``; or a slice of them, whose masks follow each other, as many at each.
             features: ``encode`` of each mask's image, or of B images with N / B masks each, in turn.
         """
         shapes = (tuple(y_t.shape), features.shape[0])
@@ -144,7 +144,7 @@ class FusedUNet:
             self._compiled.add(shapes)
         return self._forward(y_t, step, features)
 
-    def _forward(self, y_t: torch.Tensor, step: int, features: torch.Tensor) -> torch.Tensor:
+    def _forward(self, y_t: torch.Tensor, step: int | slice, features: torch.Tensor) -> torch.Tensor:
         h = self._layers.stem(y_t.contiguous(), self._stem, features, self.patch_size)
         skips = [h]
         for block in self._down:
@@ -172,12 +172,12 @@ class _Norm:
     groups: int
     eps: float
 
-    def factors(self, x: Any, other: Any, step: int) -> torch.Tensor:
+    def factors(self, x: Any, other: Any, step: int | slice) -> torch.Tensor:
         weight = self.weight[step] if self.weight.ndim == 2 else self.weight
         bias = self.bias[step] if self.bias.ndim == 2 else self.bias
         return self.layers.factors(x, other, weight, bias, self.groups, self.eps)
 
-    def __call__(self, x: Any, other: Any, step: int, silu: bool = True) -> torch.Tensor:
+    def __call__(self, x: Any, other: Any, step: int | slice, silu: bool = True) -> torch.Tensor:
         return self.layers.norm(x, other, self.factors(x, other, step), silu)
 
 
@@ -190,7 +190,7 @@ class _Residual:
     norm_2: _Norm
     conv_2: Any  # with the skip path's projection, where there is one
 
-    def __call__(self, x: Any, other: Any, step: int) -> Any:
+    def __call__(self, x: Any, other: Any, step: int | slice) -> Any:
         layers = self.norm_1.layers
         bias = self.conv_1.bias[step] if self.conv_1.bias.ndim == 2 else self.conv_1.bias
         h = layers.convolution(self.norm_1(x, other, step), self.conv_1, bias)
@@ -212,7 +212,7 @@ class _Attention:
     out: Any
     heads: int
 
-    def __call__(self, x: Any, other: Any, step: int) -> Any:
+    def __call__(self, x: Any, other: Any, step: int | slice) -> Any:
         n, height, width, channels = x.x.shape
         tokens = self.norm(x, other, step, silu=False).view(n, height * width, channels)
         # Channels are ordered head first, then q, k, v.
@@ -230,7 +230,7 @@ class _Resize:
     layers: Any
     weight: Any
 
-    def __call__(self, x: Any, other: Any, step: int) -> Any:
+    def __call__(self, x: Any, other: Any, step: int | slice) -> Any:
         return self.layers.convolution(x.x, self.weight, self.weight.bias)
 
 
@@ -240,7 +240,7 @@ class _Sequence:
 
     layers: list[Any]
 
-    def __call__(self, x: Any, other: Any, step: int) -> Any:
+    def __call__(self, x: Any, other: Any, step: int | slice) -> Any:
         for layer in self.layers:
             x, other = layer(x, other, step), None
         return x
