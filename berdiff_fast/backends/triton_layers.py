@@ -122,7 +122,6 @@ def convolution_kernel(
     K: tl.constexpr,
     OUTPUTS: tl.constexpr,
     STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """A convolution of 3 x 3 or 1 x 1, as a product of matrices one of which is never made (implicit GEMM).
 
@@ -170,17 +169,17 @@ def convolution_kernel(
                 [image, top + (dy - odd_y) // 2, odd_y, left + (dx - odd_x) // 2, odd_x * COUNT + channel]
             ).reshape(M, K)
         w = weight.load([phase * COUT + output, tap * COUNT + channel])
-        products = tl.dot(w, pixels.T, products, input_precision=PRECISION)
+        products = tl.dot(w, pixels.T, products, input_precision="ieee")
     if COUNT_A > 0:
         for k in tl.range(COUNT_A // K, num_stages=STAGES):
             pixels = a.load([image, top, left, k * K]).reshape(M, K)
             w = weight.load([output, TAPS * COUNT + k * K])
-            products = tl.dot(w, pixels.T, products, input_precision=PRECISION)
+            products = tl.dot(w, pixels.T, products, input_precision="ieee")
     if COUNT_B > 0:
         for k in tl.range(COUNT_B // K, num_stages=STAGES):
             pixels = b.load([image, top, left, k * K]).reshape(M, K)
             w = weight.load([output, TAPS * COUNT + COUNT_A + k * K])
-            products = tl.dot(w, pixels.T, products, input_precision=PRECISION)
+            products = tl.dot(w, pixels.T, products, input_precision="ieee")
 
     to = sums + tile.to(tl.int64) * (2 * COUT)
     bias += image // images_per_row * COUT
@@ -220,7 +219,6 @@ def stem_kernel(
     TAPS: tl.constexpr,
     PIXELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """The first convolution, of few channels, onto the image's share of it: one product of matrices.
 
@@ -246,7 +244,7 @@ def stem_kernel(
     bits = tl.load(y_t + line.to(tl.int64) * (width * PATCH) + x * PATCH + (k % PATCH)[None, :], mask=inside, other=0.0)
     of_bits = tl.load(weight + tl.arange(0, TAPS)[:, None] * COUT + channel[None, :])
     total = tl.load(features + image // masks_per_image * area + at, mask=live[:, None], other=0.0).to(tl.float32)
-    total = tl.dot(bits, of_bits, total, input_precision=PRECISION)
+    total = tl.dot(bits, of_bits, total, input_precision="ieee")
     rounded = total.to(out.dtype.element_ty)
     tl.store(out + image * area + at, rounded, mask=live[:, None])
     found = tl.where(live[:, None], rounded.to(tl.float32), 0.0)
@@ -373,7 +371,6 @@ def head_products_kernel(
     COLUMNS: tl.constexpr,
     PIXELS: tl.constexpr,
     K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Norm and SiLU of each pixel, and its products with all taps of the last convolution.
 
@@ -396,7 +393,7 @@ def head_products_kernel(
         y = y * scale[None, :] + shift[None, :]
         y = silu(y).to(weight.dtype.element_ty)
         w = tl.load(weight + channel[:, None] * COLUMNS + column[None, :])
-        found = tl.dot(y, w, found, input_precision=PRECISION)
+        found = tl.dot(y, w, found, input_precision="ieee")
     tl.store(products + row[:, None] * COLUMNS + column[None, :], found, mask=live[:, None])
 
 
@@ -515,15 +512,9 @@ def tiling(images: int, height: int, width: int, weight: Weight, element_size: i
 
 
 class TritonLayers:
-    """The layers as ``network.fused`` calls them.
+    """The layers as ``network.fused`` calls them, on a GPU or, under Triton's interpreter, on the CPU."""
 
-    Args:
-        device: of the tensors; the CPU under Triton's interpreter.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        # On a GPU float32 means TF32, as torch's convolutions take it; network.fused is not used where that is forbidden.
-        self.precision = "tf32" if device.type == "cuda" else "ieee"
+    def __init__(self) -> None:
         self._compile_only = False
 
     @contextlib.contextmanager
@@ -554,8 +545,7 @@ class TritonLayers:
             self._launch(
                 stem_kernel, (n * tiles, channels // outputs),
                 out, sums, y_t, weight, features, height, width, tiles, n // images,
-                COUT=channels, MASKS=masks, PATCH=patch, TAPS=weight.shape[0], PIXELS=pixels, OUTPUTS=outputs,
-                PRECISION=self.precision, num_warps=4,
+                COUT=channels, MASKS=masks, PATCH=patch, TAPS=weight.shape[0], PIXELS=pixels, OUTPUTS=outputs, num_warps=4,
             )  # fmt: skip
         return Activation(out, sums)
 
@@ -625,7 +615,7 @@ class TritonLayers:
                 _images_per_row(n, bias), COUNT=weight.inputs, COUNT_A=channels[0], COUNT_B=channels[1], COUT=weight.outputs, TAPS=weight.taps,
                 STRIDE=weight.stride, PHASES=weight.phases, RESIDUAL=residual is not None,
                 MASKED=height % tile.rows != 0 or width % tile.columns != 0, ROWS=tile.rows, COLUMNS=tile.columns,
-                K=tile.k, OUTPUTS=tile.outputs, STAGES=tile.stages, PRECISION=self.precision, num_warps=4,
+                K=tile.k, OUTPUTS=tile.outputs, STAGES=tile.stages, num_warps=4,
             )  # fmt: skip
         return Activation(out, sums)
 
@@ -644,7 +634,7 @@ class TritonLayers:
             self._launch(
                 head_products_kernel, (n * spans,),
                 products, x.x, factors, weight, height * width, spans,
-                C=channels, COLUMNS=columns, PIXELS=128, K=k, PRECISION=self.precision, num_warps=4,
+                C=channels, COLUMNS=columns, PIXELS=128, K=k, num_warps=4,
             )  # fmt: skip
             self._launch(
                 head_sums_kernel, (n * sum_spans, masks * patch * patch),

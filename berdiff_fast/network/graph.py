@@ -141,6 +141,7 @@ class Graph:
                     with _capturing(device, aside) as self._graph:
                         self._flags.zero_()
                         self._masks = draw(*inputs)
+                    self._open = True
                     if check:
                         self._graph.replay()
                         if not torch.equal(self._masks, expected):
@@ -165,8 +166,10 @@ class Graph:
         return found
 
     def close(self) -> None:
-        """Give its memory back, when nothing of it runs any more."""
+        """Give its memory back, when nothing of it runs any more. It cannot be replayed after that."""
         with _lock:
+            if self.__dict__.pop("_open", None) is None:
+                return
             if torch.cuda.is_current_stream_capturing():
                 _late.append((self._graph, self._masks))  # waiting now would spoil the capture
                 return
@@ -176,8 +179,7 @@ class Graph:
             self._graph.reset()
 
     def __del__(self) -> None:
-        if hasattr(self, "_masks"):  # else it was never captured
-            self.close()
+        self.close()
 
 
 @contextmanager
