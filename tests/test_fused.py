@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused network and its layers, against PyTorch: in float32 under Triton's interpreter, and on a GPU if there is one."""
+"""The fused network and its layers, against PyTorch: in float32 under Triton's interpreter, and on a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from berdiff_fast.network.fused import FusedUNet
 if not select.can_run("triton", "cuda" if torch.cuda.is_available() else "cpu"):
     pytest.skip("Triton is not here", allow_module_level=True)
 from berdiff_fast.backends import triton_layers
-from berdiff_fast.backends.triton_layers import Activation, TritonLayers, Weight
+from berdiff_fast.backends.triton_layers import TritonLayers, Weight
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is compiled on this machine")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -36,7 +36,9 @@ def randomised(**options: Any) -> UNet:
 
 
 NETWORKS = {
-    "attention, added timestep": dict(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, norm_groups=8, num_heads=2),
+    "attention, added timestep": dict(
+        model_channels=16, channel_mult=(1, 2), num_res_blocks=1, norm_groups=8, num_heads=2
+    ),
     "scale and shift, patches, channels": dict(
         model_channels=16, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4, attention_resolutions=(),
         use_scale_shift_norm=True, patch_size=2, in_channels=2, img_channels=3,
@@ -94,7 +96,9 @@ def test_masks_are_those_of_the_network_as_it_is(monkeypatch):
     assert torch.equal(masks, sample(model, img, n=4, steps=3, seed=1, prepare=False))
 
 
-def conv(size: int, count: int, cout: int, taps: int, stride: int = 1, projected: tuple[int, ...] = (), n: int = 2, **made):
+def conv(
+    size: int, count: int, cout: int, taps: int, stride: int = 1, projected: tuple[int, ...] = (), n: int = 2, **made
+):
     """Input, weight, what is projected, a residual; and the convolution by PyTorch, in float64."""
     made = dict(device=CPU, dtype=torch.float32) | made
     torch.manual_seed(0)
@@ -222,7 +226,11 @@ def test_a_convolution_on_the_gpu(name, dtype, tolerance):
 
 
 @on_gpu(gpu)
-@pytest.mark.parametrize("shape", [(128, 128, 128, 16), (64, 256, 128, 16), (32, 256, 256, 16), (16, 384, 384, 16), (8, 512, 512, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(128, 128, 128, 16), (64, 256, 128, 16), (32, 256, 256, 16), (16, 384, 384, 16), (8, 512, 512, 1)],
+    ids=str,
+)
 def test_the_same_bits_again_and_again(shape):
     """A race between loads and products would show as bits that change."""
     size, count, cout, n = shape

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers of a U-Net in Triton, for GPUs with tensor cores: a convolution that leaves the next norm's sums.
 
-Activations are (N, H, W, C), C innermost. A convolution adds its bias, the 1 x 1 projections of a skip path and a residual
-before it rounds and writes, and leaves for each of its tiles and channels the sum and the sum of squares of what it
-wrote. So a residual block is two norms and two convolutions, six launches in all, and nothing is read or written twice.
+Activations are (N, H, W, C), C innermost. A convolution adds its bias, the 1 x 1 projections of a skip path and a
+residual before it rounds and writes, and leaves for each of its tiles and channels the sum and the sum of squares of
+what it wrote. So a residual block is two norms and two convolutions, six launches in all, and nothing is read or
+written twice.
 
-Sums of squares are not centred: in float32 they lose digits where a channel's mean is many times its standard deviation,
-by (mean / deviation)^2 2^-24 of the variance. That is far below the rounding of the types that this is made for.
+Sums of squares are not centred: in float32 they lose digits where a channel's mean is many times its standard
+deviation, by (mean / deviation)^2 2^-24 of the variance. That is far below the rounding of the types that this is
+made for.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 @triton.jit
 def silu(y):
-    """y / (1 + exp(-y)): the reciprocal as the square of a reciprocal root, which is one instruction and exact to 2^-22."""
+    """y / (1 + exp(-y)), its reciprocal as the square of a reciprocal root: one instruction, exact to 2^-22."""
     root = tl.rsqrt(1.0 + tl.exp(-y))
     return y * (root * root)
 
@@ -126,16 +128,17 @@ def convolution_kernel(
     """A convolution of 3 x 3 or 1 x 1, as a product of matrices one of which is never made (implicit GEMM).
 
     Tiles of x come by the tensor memory accelerator, whose zeros beyond the border are the padding. The weights are the
-    left factor and the pixels the right one: tensor cores take the right one from shared memory, where it lies, and sums
-    over pixels are sums within a thread. (As the left factor Triton 3.6 loads the pixels into registers, and overwrites
-    them while they are read.)
+    left factor and the pixels the right one: tensor cores take the right one from shared memory, where it lies, and
+    sums over pixels are sums within a thread. (As the left factor Triton 3.6 loads the pixels into registers, and
+    overwrites them while they are read.)
 
     Args:
         out: (N, H, W, COUT); (N, 2 H, 2 W, COUT) with four phases.
         sums: (N, tiles of an image, 2, COUT) float32.
         x: descriptor of (N, H, W, COUNT) with blocks (1, ROWS, COLUMNS, K); with STRIDE 2, of the same memory as
             (N, H, 2, W, 2 COUNT), which is the input of twice the size.
-        a, b: descriptors of (N, H, W, COUNT_A) and (N, H, W, COUNT_B), which are projected (1 x 1) and added, unless they
+        a, b: descriptors of (N, H, W, COUNT_A) and (N, H, W, COUNT_B), which are projected (1 x 1) and added, unless
+        they
             have no channels.
         weight: descriptor of (PHASES COUT, TAPS COUNT + COUNT_A + COUNT_B) with blocks (OUTPUTS, K).
         bias: (rows, COUT) float32, each for ``images_per_row`` images.
@@ -197,8 +200,8 @@ def convolution_kernel(
             COUT, SIDE, RESIDUAL, MASKED, ROWS, COLUMNS, HALF,
         )  # fmt: skip
         write_tile(
-            second, output + HALF, bias, residual + image * area, out + image * area, to, top, left, phase, height, width,
-            COUT, SIDE, RESIDUAL, MASKED, ROWS, COLUMNS, HALF,
+            second, output + HALF, bias, residual + image * area, out + image * area, to, top, left, phase, height,
+            width, COUT, SIDE, RESIDUAL, MASKED, ROWS, COLUMNS, HALF,
         )  # fmt: skip
 
 
@@ -477,8 +480,8 @@ class Weight:
 
 @dataclass(frozen=True)
 class Tiling:
-    """What a program of ``convolution_kernel`` makes: ``rows`` x ``columns`` pixels of ``outputs`` channels, by steps of
-    ``k`` input channels."""
+    """What a program of ``convolution_kernel`` makes: ``rows`` x ``columns`` pixels of ``outputs`` channels, by steps
+    of ``k`` input channels."""
 
     rows: int
     columns: int
@@ -545,14 +548,17 @@ class TritonLayers:
             self._launch(
                 stem_kernel, (n * tiles, channels // outputs),
                 out, sums, y_t, weight, features, height, width, tiles, n // images,
-                COUT=channels, MASKS=masks, PATCH=patch, TAPS=weight.shape[0], PIXELS=pixels, OUTPUTS=outputs, num_warps=4,
+                COUT=channels, MASKS=masks, PATCH=patch, TAPS=weight.shape[0], PIXELS=pixels, OUTPUTS=outputs,
+                num_warps=4,
             )  # fmt: skip
         return Activation(out, sums)
 
     def factors(
         self, x: Activation, other: Activation | None, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
     ) -> torch.Tensor:
-        """See ``norm_factors_kernel``; weight and bias (channels,) or, with as many rows as there are steps, (steps, channels)."""
+        """See ``norm_factors_kernel``; weight and bias (channels,) or, with as many rows as there are steps, (steps,
+        channels).
+        """
         n, height, width, count = x.x.shape
         second = x if other is None else other
         channels = count + (0 if other is None else second.x.shape[-1])
@@ -611,11 +617,11 @@ class TritonLayers:
         with _on(out):
             self._launch(
                 convolution_kernel, (programs,),
-                out, sums, source, a, b, matrix, bias, out if residual is None else residual, height, width, down, across,
-                _images_per_row(n, bias), COUNT=weight.inputs, COUNT_A=channels[0], COUNT_B=channels[1], COUT=weight.outputs, TAPS=weight.taps,
-                STRIDE=weight.stride, PHASES=weight.phases, RESIDUAL=residual is not None,
-                MASKED=height % tile.rows != 0 or width % tile.columns != 0, ROWS=tile.rows, COLUMNS=tile.columns,
-                K=tile.k, OUTPUTS=tile.outputs, STAGES=tile.stages, num_warps=4,
+                out, sums, source, a, b, matrix, bias, out if residual is None else residual, height, width, down,
+                across, _images_per_row(n, bias), COUNT=weight.inputs, COUNT_A=channels[0], COUNT_B=channels[1],
+                COUT=weight.outputs, TAPS=weight.taps, STRIDE=weight.stride, PHASES=weight.phases, RESIDUAL=residual
+                is not None, MASKED=height % tile.rows != 0 or width % tile.columns != 0, ROWS=tile.rows,
+                COLUMNS=tile.columns, K=tile.k, OUTPUTS=tile.outputs, STAGES=tile.stages, num_warps=4,
             )  # fmt: skip
         return Activation(out, sums)
 

@@ -21,8 +21,8 @@ convolution of 4 x 4, which multiplies 4 / 9 as much
 half precision, if asked for                                   changes the result
 =============================================================  ==================
 
-"Rounding only" means: equal in exact arithmetic. In float32 the logits are within 1.5e-6 of the largest one of float64's,
-and their mean error is at most twice the plain network's (tests/test_inference.py).
+"Rounding only" means: equal in exact arithmetic. In float32 the logits are within 1.5e-6 of the largest one of
+float64's, and their mean error is at most twice the plain network's (tests/test_inference.py).
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ _prepared: WeakKeyDictionary[UNet, dict[Any, tuple[Any, torch.Tensor, Prepared]]
 _lock = threading.RLock()
 
 
-_FORWARDS = {kind: kind.forward for kind in _KNOWN}
+_FORWARDS: dict[type, Any] = {kind: getattr(kind, "forward") for kind in _KNOWN}  # noqa: B009
 
 
 def modules(module: nn.Module) -> Iterator[nn.Module]:
@@ -189,8 +189,8 @@ def modules(module: nn.Module) -> Iterator[nn.Module]:
 def is_changed(module: nn.Module, forward: Any) -> str | None:
     """What keeps a module from doing just what its class's own ``forward`` does; None if nothing does.
 
-    Libraries wrap a module by a ``forward`` of the instance (Accelerate's offloading does), by hooks, or by patching the
-    class.
+    Libraries wrap a module by a ``forward`` of the instance (Accelerate's offloading does), by hooks, or by patching
+    the class.
     """
     if module._forward_hooks or module._forward_pre_hooks:
         return "has hooks"
