@@ -136,6 +136,7 @@ def test_existence_by_loops():
         assert table[k].tolist() == pytest.approx(
             [len(inside), sum(e[i] for i in inside), sum(r[i] for i in inside)], abs=1e-12
         )
+    assert torch.equal(metrics.existence_table(r, e, 5, bins=5), table)
     ones = metrics.existence_bins(y, s, bins=1).sum(0)
     assert ones.tolist() == [pytest.approx([6, sum(e), sum(r)])]
 

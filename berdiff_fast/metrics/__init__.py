@@ -12,6 +12,7 @@ from berdiff_fast.metrics.decomposition import (
     existence_bins,
     existence_calibration,
     existence_sums,
+    existence_table,
     ged_floor,
     unbiased_energy_distance,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "existence_bins",
     "existence_calibration",
     "existence_sums",
+    "existence_table",
     "expected_calibration_error",
     "ged_floor",
     "generalized_energy_distance",

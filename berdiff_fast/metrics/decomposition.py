@@ -150,9 +150,7 @@ def existence_calibration(empty_raters: Any, empty_samples: Any, raters: int, n:
     """
     checks.integer("raters", raters, 1)
     checks.integer("n", n, 1)
-    r, e = _shares("empty_raters", empty_raters), _shares("empty_samples", empty_samples)
-    if r.shape != e.shape or not r.size:
-        raise ValueError(f"empty_raters and empty_samples must be (N,) of the same N >= 1, got {r.shape} and {e.shape}")
+    r, e = _pair(empty_raters, empty_samples)
     sums = torch.from_numpy(_existence_sums(r, e, raters, n).sum(0))
     return calibration_of_sums(sums)
 
@@ -175,13 +173,27 @@ def existence_bins(raters: Any, samples: Any, bins: int = 10) -> torch.Tensor:
     """
     raters, samples = functional._same_images("raters", raters, "samples", samples)
     checks.integer("bins", bins, 1)
-    r, e, n = _empty(raters), _empty(samples), samples.shape[1]
-    empties = np.rint(e * n).astype(np.int64)
-    # (k-1)/bins < empties/n <= k/bins, in integers.
-    bin_of = np.maximum((empties * bins - 1) // n, 0)
-    table = np.zeros((len(r), bins, 3))
-    table[np.arange(len(r)), bin_of] = np.stack([np.ones_like(r), e, r], axis=1)
-    return functional._tensor(table, raters)
+    return functional._tensor(_existence_bins(_empty(raters), _empty(samples), samples.shape[1], bins), raters)
+
+
+def existence_table(empty_raters: Any, empty_samples: Any, n: int, bins: int = 10) -> torch.Tensor:
+    """The sum over images of ``existence_bins``, from their shares of empty masks.
+
+    Args:
+        empty_raters: (N,) shares r, as ``decompose_ged`` gives them.
+        empty_samples: (N,) shares e of n samples each.
+        n: how many samples the shares e are of.
+        bins: at least 1.
+
+    Returns:
+        (bins, 3) float64: of each bin the number of images, the sum of their e and that of their r.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    checks.integer("n", n, 1)
+    checks.integer("bins", bins, 1)
+    return torch.from_numpy(_existence_bins(*_pair(empty_raters, empty_samples), n, bins).sum(0))
 
 
 def existence_sums(raters: Any, samples: Any) -> torch.Tensor:
@@ -215,6 +227,15 @@ def _existence_sums(r: np.ndarray, e: np.ndarray, raters: int, n: int) -> np.nda
     return np.stack(columns, axis=1)
 
 
+def _existence_bins(r: np.ndarray, e: np.ndarray, n: int, bins: int) -> np.ndarray:
+    empties = np.rint(e * n).astype(np.int64)
+    # (k-1)/bins < empties/n <= k/bins, in integers.
+    bin_of = np.maximum((empties * bins - 1) // n, 0)
+    table = np.zeros((len(r), bins, 3))
+    table[np.arange(len(r)), bin_of] = np.stack([np.ones_like(r), e, r], axis=1)
+    return table
+
+
 def _between(iou: np.ndarray) -> np.ndarray:
     """The mean distance of two different masks of a set, from the (N, m, m) IoUs of all of them; NaN for one mask."""
     m = iou.shape[1]
@@ -229,6 +250,13 @@ def _variance(share: np.ndarray, count: int) -> np.ndarray:
 
 def _empty(masks: torch.Tensor) -> np.ndarray:
     return (~(masks != 0).flatten(2).any(2)).double().mean(1).cpu().numpy()
+
+
+def _pair(empty_raters: Any, empty_samples: Any) -> tuple[np.ndarray, np.ndarray]:
+    r, e = _shares("empty_raters", empty_raters), _shares("empty_samples", empty_samples)
+    if r.shape != e.shape or not r.size:
+        raise ValueError(f"empty_raters and empty_samples must be (N,) of the same N >= 1, got {r.shape} and {e.shape}")
+    return r, e
 
 
 def _shares(name: str, value: Any) -> np.ndarray:
