@@ -167,7 +167,7 @@ def as_text(summary: dict[str, Any], numbers: Sequence[str], yardsticks: Sequenc
 def _about(title: str, name: str, numbers: dict[str, Any], bootstrap: dict[str, Any]) -> str:
     ends = numbers["interval_95"][name]
     if ends is None:
-        return f"{title}: {numbers[name]:.3f}, without an interval, which one of the {bootstrap['over']} does not allow"
+        return f"{title}: {numbers[name]:.3f}, without an interval: there is one {bootstrap['over'][:-1]}"
     over = f"bootstrap over {bootstrap['groups']} {bootstrap['over']}"
     if bootstrap["over"] != "patients":
         over += "; those of one patient resemble each other, so it is too narrow"
