@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +145,14 @@ class RaterDataset(Dataset):
             torch.from_numpy(mask.astype(bool)).reshape(-1, self.mask_channels, height, width),
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+    def batch(self, indices: range | list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, C, H, W) and masks (B, R, K, H, W) of some slices."""
+        images, masks = zip(*(self[i] for i in indices), strict=True)
+        return torch.stack(images), torch.stack(masks)
+
     def images(self, indices: list[int]) -> np.ndarray:
         """Images of some slices, of ascending indices, as they are in the file; no masks are read."""
         first, last = indices[0], indices[-1]
@@ -154,14 +161,6 @@ class RaterDataset(Dataset):
             return self._memory[0][chosen]
         with self._open() as file:
             return file["image"][chosen]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
-
-    def batch(self, indices: range | list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (B, C, H, W) and masks (B, R, K, H, W) of some slices."""
-        images, masks = zip(*(self[i] for i in indices), strict=True)
-        return torch.stack(images), torch.stack(masks)
 
     def describe(self, index: int) -> dict[str, int]:
         """Where a slice comes from: its index and what of patient_id, nodule and slice the file tells."""
@@ -194,13 +193,15 @@ def check_disjoint(first: RaterDataset, second: RaterDataset) -> None:
         )
 
 
-def _digests(data: RaterDataset, at_most: int) -> Iterator[tuple[int, bytes]]:
+def _digests(data: RaterDataset, at_most: int) -> list[tuple[int, bytes]]:
     """Index and digest of images that are not of one value."""
     count = min(at_most, len(data))
     indices = [k * len(data) // count for k in range(count)]
+    found = []
     for start in range(0, count, 256):  # many at a time, since a chunk of the file may hold many
         some = indices[start : start + 256]
         for index, image in zip(some, data.images(some), strict=True):
             values = image.astype(np.float64)  # equal numbers, whatever type they are stored in
             if values.min() < values.max():
-                yield index, hashlib.blake2b(np.ascontiguousarray(values).tobytes(), digest_size=16).digest()
+                found.append((index, hashlib.blake2b(np.ascontiguousarray(values).tobytes(), digest_size=16).digest()))
+    return found
