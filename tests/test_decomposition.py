@@ -8,8 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from support import data_path
 
 from berdiff_fast import metrics
+from berdiff_fast.data.hdf5 import RaterDataset
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -139,6 +141,22 @@ def test_existence_by_loops():
     assert torch.equal(metrics.existence_table(r, e, 5, bins=5), table)
     ones = metrics.existence_bins(y, s, bins=1).sum(0)
     assert ones.tolist() == [pytest.approx([6, sum(e), sum(r)])]
+
+
+def test_the_floor_of_real_slices():
+    """What the design says of the validation slices of LIDC-IDRI: four raters, sixteen samples."""
+    data = RaterDataset(data_path("lidc/val.h5"), in_memory=True)
+    parts = []
+    for start in range(0, len(data), 200):
+        raters = data.batch(range(start, min(start + 200, len(data))))[1]
+        empty = (~raters.flatten(2).any(2)).double().mean(1)
+        parts.append(torch.stack([metrics.ged_floor(raters, 16), empty]))
+    floor, r = torch.cat(parts, dim=1)
+    assert floor.mean().item() == pytest.approx(0.162, abs=5e-4)
+    found = metrics.existence_calibration(r, r, 4, 16)
+    assert found.rmse == 0 and found.floor == pytest.approx(0.218, abs=5e-4)
+    assert found.floor_of_draws == pytest.approx(0.244, abs=5e-4)
+    assert found.constant == pytest.approx(0.307, abs=5e-4)
 
 
 def test_of_regions_apart():
