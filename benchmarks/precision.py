@@ -7,7 +7,8 @@
 
 Same slices, same seeds. Masks are compared with those of the network as it is, in float32. With ``--published``, a
 network of the published size and phantoms of 64 x 64: it is not trained, so only differing pixels are told, and logits.
-A run that was stopped goes on, when started again with the same options, at the slice where it was.
+The output holds the totals of the slices done so far. A run that was stopped goes on, when started again with the same
+options, at the slice where it was.
 """
 
 from __future__ import annotations
@@ -76,12 +77,18 @@ def main() -> None:
         of_slice = done.setdefault(str(index), {})
         of_slice |= _measure(model, img.to(device), raters, index, args.n, [w for w in ways if w not in of_slice])
         write_text(partial, json.dumps({"setting": setting, "done": done}) + "\n")
-    models = json.loads(args.output.read_text()).get("models", {}) if args.output.is_file() else {}
-    models[name] = {**setting, "ways": {way: _total([d[way] for d in done.values()]) for way in ways}}
-    for way, total in models[name]["ways"].items():
-        print(way, total)
-    write_text(args.output, json.dumps({"machine": collect(), "models": models}, indent=1) + "\n")
-    partial.unlink()
+        _write(args.output, name, setting, ways, done)
+    _write(args.output, name, setting, ways, done)
+    partial.unlink(missing_ok=True)
+
+
+def _write(output: Path, name: str, setting: dict[str, Any], ways: list[str], done: dict[str, dict[str, Any]]) -> None:
+    """The totals over the slices done so far, beside those of other models."""
+    models = json.loads(output.read_text()).get("models", {}) if output.is_file() else {}
+    indices = sorted(int(index) for index, of_slice in done.items() if all(way in of_slice for way in ways))
+    totals = {way: _total([done[str(index)][way] for index in indices]) for way in ways}
+    models[name] = {**setting, "slices": len(indices), "asked": setting["slices"], "indices": indices, "ways": totals}
+    write_text(output, json.dumps({"machine": collect(), "models": models}, indent=1) + "\n")
 
 
 def _measure(
