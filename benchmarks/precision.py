@@ -96,7 +96,6 @@ def _measure(
 ) -> dict[str, dict[str, float]]:
     """Of one slice, what each way changes of the reference's masks and logits."""
     logits = _logits(model, img, seed, {})
-    assert logits is not None
     found: dict[str, dict[str, float]] = {}
     expected = None
     for way in dict.fromkeys([REFERENCE, *ways]):
@@ -118,8 +117,8 @@ def _measure(
         if raters is not None:
             measured = evaluate.measure(raters, masks)[0]
             found[way] |= {"ged": measured["ged"], "hm_iou": measured["hm_iou"]}
-        if way != REFERENCE and (z := _logits(model, img, seed, WAYS[way])) is not None:
-            found[way]["logit_error"] = _error(z, logits)
+        if {"fp8", "dtype"} & WAYS[way].keys():
+            found[way]["logit_error"] = _error(_logits(model, img, seed, WAYS[way]), logits)
     return found
 
 
@@ -147,10 +146,8 @@ def _slices(args: argparse.Namespace, model: bf.BerDiff) -> Iterator[tuple[int, 
         yield index, model.preprocess(images), raters
 
 
-def _logits(model: bf.BerDiff, img: torch.Tensor, seed: int, options: dict[str, Any]) -> torch.Tensor | None:
-    """Of the network as it is in the arithmetic of a way; none by Winograd, which only the prepared network knows."""
-    if options.get("prepare") == "winograd":
-        return None
+def _logits(model: bf.BerDiff, img: torch.Tensor, seed: int, options: dict[str, Any]) -> torch.Tensor:
+    """Of the network as it is, in the type of numbers that a way asks for."""
     dtype = options.get("dtype", torch.float32)
     if dtype != torch.float32:
         model = copy.deepcopy(model).to(dtype)
