@@ -33,6 +33,7 @@ class NativeBackend:
             out.data_ptr(),
             TYPES[out.dtype],
             seeds.data_ptr(),
+            seeds.ndim,  # columns: a seed, or a seed and a first sample
             rows,
             out.numel() // rows,
             samples_per_image,
@@ -61,6 +62,7 @@ class NativeBackend:
             t.data_ptr(),
             flip.data_ptr(),
             seeds.data_ptr(),
+            seeds.ndim,  # columns: a seed, or a seed and a first sample
             rows,
             out.numel() // rows,
             samples_per_image,
@@ -98,6 +100,7 @@ class NativeBackend:
             predicts_y0,
             threshold,
             seeds.data_ptr(),
+            seeds.ndim,  # columns: a seed, or a seed and a first sample
             rows,
             out.numel() // rows,
             samples_per_image,

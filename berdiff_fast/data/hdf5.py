@@ -160,7 +160,7 @@ class RaterDataset(Dataset):
         if self._memory is not None:
             return self._memory[0][chosen]
         with self._open() as file:
-            return file["image"][chosen]
+            return self._datasets(file)[0][chosen]
 
     def describe(self, index: int) -> dict[str, int]:
         """Where a slice comes from: its index and what of patient_id, nodule and slice the file tells."""
