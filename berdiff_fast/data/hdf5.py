@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from torch.utils.data import Dataset
 
 #: Datasets beside ``image`` and ``mask`` that say where a slice comes from; each (N,) and optional.
 PROVENANCE = ("patient_id", "nodule", "slice")
+#: Layouts whose ``patient_id`` tells cases apart, not patients (``data.layouts``).
+_CASES = ("cimd",)
+
+#: How many slices of two files are compared at most where patients cannot be.
+_COMPARED = 8192, 1024
 
 
 class RaterDataset(Dataset):
@@ -29,6 +35,8 @@ class RaterDataset(Dataset):
     Attributes:
         raters, mask_channels, img_channels: R, K and C.
         image_size: (H, W).
+        provenance: what the file has of ``PROVENANCE``.
+        names_patients: whether the file says which slices are of one patient.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -59,6 +67,7 @@ class RaterDataset(Dataset):
                     if file[name].dtype.kind not in "iu":
                         raise ValueError(f"{self.path}: {name} must hold integers, got {file[name].dtype}")
                     self.provenance[name] = file[name][()]
+            self.names_patients = "patient_id" in self.provenance and file.attrs.get("source") not in _CASES
             self._memory: tuple[np.ndarray, np.ndarray] | None = None
             if in_memory:
                 images, masks = image[()], mask[()]
@@ -144,13 +153,26 @@ class RaterDataset(Dataset):
         images, masks = zip(*(self[i] for i in indices), strict=True)
         return torch.stack(images), torch.stack(masks)
 
+    def images(self, indices: list[int]) -> np.ndarray:
+        """Images of some slices, of ascending indices, as they are in the file; no masks are read."""
+        first, last = indices[0], indices[-1]
+        chosen: Any = slice(first, last + 1) if last - first + 1 == len(indices) else indices
+        if self._memory is not None:
+            return self._memory[0][chosen]
+        with self._open() as file:
+            return self._datasets(file)[0][chosen]
+
     def describe(self, index: int) -> dict[str, int]:
         """Where a slice comes from: its index and what of patient_id, nodule and slice the file tells."""
         return {"index": index} | {name: int(values[index]) for name, values in self.provenance.items()}
 
 
 def check_disjoint(first: RaterDataset, second: RaterDataset) -> None:
-    """Raise ValueError if a patient is in both, where the files name patients."""
+    """Raise ValueError if a patient is in both; where the files do not name patients, if a slice is.
+
+    Slices are one where their images are. Blank ones do not count, and of large files a part is compared, evenly
+    spread: a copy is found whatever its size, a few shared slices among many thousands need not be.
+    """
     if "patient_id" in first.provenance and "patient_id" in second.provenance:
         shared = np.intersect1d(first.provenance["patient_id"], second.provenance["patient_id"])
         if len(shared):
@@ -158,3 +180,28 @@ def check_disjoint(first: RaterDataset, second: RaterDataset) -> None:
                 f"{len(shared)} patients are in both {first.path} and {second.path}, the first is {shared[0]}; "
                 "split by patient"
             )
+    if first.path.samefile(second.path):
+        raise ValueError(f"{first.path} and {second.path} are one file; train and validate on different patients")
+    if first.names_patients and second.names_patients:
+        return
+    known = {digest: index for index, digest in _digests(first, _COMPARED[0])}
+    same = [(known[digest], index) for index, digest in _digests(second, _COMPARED[1]) if digest in known]
+    if same:
+        raise ValueError(
+            f"{len(same)} slices are in both {first.path} and {second.path}, the first are slices {same[0][0]} and "
+            f"{same[0][1]}; split by patient"
+        )
+
+
+def _digests(data: RaterDataset, at_most: int) -> list[tuple[int, bytes]]:
+    """Index and digest of images that are not of one value."""
+    count = min(at_most, len(data))
+    indices = [k * len(data) // count for k in range(count)]
+    found = []
+    for start in range(0, count, 256):  # many at a time, since a chunk of the file may hold many
+        some = indices[start : start + 256]
+        for index, image in zip(some, data.images(some), strict=True):
+            values = image.astype(np.float64)  # equal numbers, whatever type they are stored in
+            if values.min() < values.max():
+                found.append((index, hashlib.blake2b(np.ascontiguousarray(values).tobytes(), digest_size=16).digest()))
+    return found
