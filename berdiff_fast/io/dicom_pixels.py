@@ -210,7 +210,9 @@ def _size_within(frame: bytes) -> tuple[int, int] | None:
         if marker == 0xFF:
             place += 1
         elif marker in (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7):
-            return int.from_bytes(frame[place + 5 : place + 7], "big"), int.from_bytes(frame[place + 7 : place + 9], "big")
+            return int.from_bytes(frame[place + 5 : place + 7], "big"), int.from_bytes(
+                frame[place + 7 : place + 9], "big"
+            )
         else:
             place += 2 + int.from_bytes(frame[place + 2 : place + 4], "big")
     return None

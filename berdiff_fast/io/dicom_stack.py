@@ -175,9 +175,7 @@ def _check_even(frames: Sequence[Frame], positions: np.ndarray, normal: np.ndarr
     if not tilted and not len(uneven):
         return []
     if _only_rounded(positions, normal):
-        return [
-            f"positions of slices are rounded to 0.1 mm; taken as evenly spaced, {abs(np.mean(gaps)):.4g} mm apart"
-        ]
+        return [f"positions of slices are rounded to 0.1 mm; taken as evenly spaced, {abs(np.mean(gaps)):.4g} mm apart"]
     if tilted:
         raise ValueError("has slices that are not stacked at right angles (a tilted gantry); resample it first")
     at = int(uneven[np.abs(gaps[uneven] - usual).argmax()])

@@ -34,7 +34,9 @@ def own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
         raise ValueError(f"its data set {name!r} is kept in {elsewhere}, which is not read; copy it into this one")
     size = int(np.prod(found.shape, dtype=object)) * found.dtype.itemsize if found.shape else 0
     if size > max(_SMALL, 1.1 * limits.DEFLATE * found.id.get_storage_size()):
-        raise ValueError(f"its data set {name!r} claims {size >> 20} MB, of which {found.id.get_storage_size()} bytes are there")
+        raise ValueError(
+            f"its data set {name!r} claims {size >> 20} MB, of which {found.id.get_storage_size()} bytes are there"
+        )
     return found
 
 

@@ -138,7 +138,7 @@ def _metaimage(path: Path) -> Header:
             continue
         key, sign, value = text.partition("=")
         if not sign or not text.isprintable():
-            raise _bad(f"a line is not KEY = VALUE: {ascii(text[:40])}")
+            raise _bad(f"a line is not KEY = VALUE: {text[:40]!a}")
         header.add(key, value)
         if key.strip().lower() == "elementdatafile":
             header.length = min(place, len(start))
@@ -150,7 +150,9 @@ def _metaimage(path: Path) -> Header:
 
 def _meta_order(header: Header) -> None:
     orders = {
-        header.fields[key].lower()[:1] for key in ("elementbyteordermsb", "binarydatabyteordermsb") if key in header.fields
+        header.fields[key].lower()[:1]
+        for key in ("elementbyteordermsb", "binarydatabyteordermsb")
+        if key in header.fields
     }
     if len(orders) > 1:
         raise ValueError("its header says the order of bytes twice, and differently")
@@ -164,7 +166,9 @@ def _meta_files(path: Path, header: Header, shape: list[int]) -> list[str]:
     if words and words[0].upper() == "LIST":
         return header.names[: shape[-1]]
     if "%" in name:
-        if not (len(words) == 4 and _NUMBERED.fullmatch(words[0]) and all(re.fullmatch(r"\d{1,6}", w) for w in words[1:])):
+        if not (
+            len(words) == 4 and _NUMBERED.fullmatch(words[0]) and all(re.fullmatch(r"\d{1,6}", w) for w in words[1:])
+        ):
             raise _bad(f"elementdatafile {name[:60]!r} is no pattern of names")
         first, last, step = map(int, words[1:])
         return [words[0] % number for number in range(first, min(last, first + 10**5) + 1, max(step, 1))]
@@ -248,7 +252,7 @@ def _nrrd(path: Path) -> Header:
             continue  # a note of a program, which says nothing of the grid
         key, sign, value = text.partition(":")
         if not sign:
-            raise _bad(f"a line is not FIELD: VALUE: {ascii(text[:40])}")
+            raise _bad(f"a line is not FIELD: VALUE: {text[:40]!a}")
         header.add(key, value)
         if header.fields.get("data file", header.fields.get("datafile", "")).split()[:1] == ["LIST"]:
             header.names = [name.decode("latin-1").strip() for name in lines[index + 1 :] if name.strip()]
@@ -266,7 +270,16 @@ def _nrrd_grid(path: Path, header: Header, dims: int) -> bool:
         warn(path, f"its space is {space[:40]!r}, which names no anatomy: taken as left-posterior-superior")
     for key in ("space units", "units"):
         for unit in re.findall(r'"([^"]*)"', header.fields.get(key, "")):
-            if unit.strip().lower() not in ("", "mm", "millimeter", "millimeters", "millimetre", "millimetres", "s", "ms"):
+            if unit.strip().lower() not in (
+                "",
+                "mm",
+                "millimeter",
+                "millimeters",
+                "millimetre",
+                "millimetres",
+                "s",
+                "ms",
+            ):
                 raise ValueError(f"its {key} are {unit[:20]!r}; convert it to mm")
     told = header.fields.get("space directions", header.fields.get("spacings"))
     if "space directions" in header.fields:
@@ -324,12 +337,12 @@ def _judge_data(
     files = []
     for name in names:
         if not name or not name.isprintable():
-            raise _bad(f"the name of its data is {ascii(name[:40])}")
+            raise _bad(f"the name of its data is {name[:40]!a}")
         file = Path(os.path.normpath(folder / name))
         if folder not in file.parents or folder not in file.resolve().parents:
-            raise ValueError(f"its header points to data outside its folder: {ascii(name[:80])}; nothing is read there")
+            raise ValueError(f"its header points to data outside its folder: {name[:80]!a}; nothing is read there")
         if not file.is_file():
-            raise ValueError(f"cannot be read: its data are missing: {ascii(name[:80])}")
+            raise ValueError(f"cannot be read: its data are missing: {name[:80]!a}")
         files.append(file)
     if packed and len(files) <= 1:
         _judge_packed(files[0] if files else path, 0 if files else header.length, wanted, skip, gz)

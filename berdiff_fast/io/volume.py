@@ -90,7 +90,9 @@ class Volume:
         return digest.hexdigest()
 
 
-def affine(spacing: tuple[float, float, float], origin: tuple[float, float, float], direction: np.ndarray) -> np.ndarray:
+def affine(
+    spacing: tuple[float, float, float], origin: tuple[float, float, float], direction: np.ndarray
+) -> np.ndarray:
     """(4, 4), from indices (x, y, z) to mm."""
     found = np.eye(4)
     found[:3, :3] = direction * spacing
