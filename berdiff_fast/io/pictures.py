@@ -73,6 +73,8 @@ def load_npy(path: Path) -> np.ndarray:
     except ValueError as error:
         if "objects" in str(error):
             raise ValueError("Object arrays are pickles, which are code, and are not loaded") from None
+        if "mmap length" in str(error):
+            raise ValueError("cannot be read: it is cut short, or claims a size that it does not have") from None
         raise
     limits.check_voxels(mapped.shape, mapped.dtype.itemsize)
     return np.array(mapped)
@@ -126,7 +128,9 @@ def _picture(path: Path) -> tuple[np.ndarray, bool]:
             raise _NotGreyError(f"holds {picture.n_frames} pictures, expected one")
         lossy = picture.format in ("JPEG", "MPO")
         see_through = picture.info.get("transparency")
-        picture = ImageOps.exif_transpose(picture)
+        picture.load()
+        if picture.format != "TIFF":  # which was turned as it was loaded
+            picture = ImageOps.exif_transpose(picture)
         if picture.mode in ("L", "I", "F") or picture.mode.startswith("I;16"):
             array = np.asarray(picture)
             if isinstance(see_through, int) and (array == see_through).any():

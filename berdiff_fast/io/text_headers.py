@@ -119,6 +119,8 @@ def judge_metaimage(path: Path) -> bool:
     compressed = header.fields.get("compresseddata", "False").lower()[:1] == "t"
     ascii_ = header.fields.get("binarydata", "True").lower()[:1] == "f"
     skip = header.whole("headersize", -1, limits.MAX_BESIDE, 0)
+    if compressed and header.fields["elementdatafile"].upper() == "LOCAL":  # ITK makes up voxels without it
+        header.whole("compresseddatasize", 1, path.stat().st_size - header.length)
     _judge_data(path, header, _meta_files(path, header, shape), wanted, compressed, ascii_, max(skip, 0))
     known = spacing if spacing is not None else size
     return known is not None and not np.isnan(known).any()
