@@ -210,7 +210,7 @@ def _three_or_four(path: Path) -> np.ndarray:
 
 def _tiff_tags(path: Path) -> dict[int, tuple[int, ...]]:
     """The first directory's numbers, by tag: of those that say how pixels are stored."""
-    wanted = (256, 257, 258, 259, 262, 277, 284, 339)
+    wanted = (256, 257, 258, 259, 262, 274, 277, 284, 339)
     with path.open("rb") as file:
         order = "<" if file.read(2) == b"II" else ">"
         (version,) = struct.unpack(f"{order}H", file.read(2))
@@ -241,6 +241,8 @@ def _tiff_tags(path: Path) -> dict[int, tuple[int, ...]]:
 
 def _needs_tifffile(tags: dict[int, tuple[int, ...]]) -> bool:
     """Whether Pillow would read pixels of this kind wrong, or not at all."""
+    if tags.get(274, (1,))[0] != 1:  # some of its versions take width for height in a TIFF that is to be turned
+        return True
     bits, samples = set(tags.get(258, (1,))), tags.get(277, (1,))[0]
     kinds = set(tags.get(339, (1,)))
     white_is_zero, planar = tags.get(262, (1,))[0] == 0, tags.get(284, (1,))[0] == 2

@@ -32,6 +32,7 @@ class Header:
     fields: dict[str, str] = field(default_factory=dict)
     length: int = 0
     names: list[str] = field(default_factory=list)  # lines behind a list of files
+    ended: bool = True
 
     def get(self, *keys: str) -> str | None:
         return next((self.fields[key] for key in keys if key in self.fields), None)
@@ -146,6 +147,7 @@ def _metaimage(path: Path) -> Header:
             header.length = min(place, len(start))
             if value.strip().upper().startswith("LIST"):
                 header.names = start[place:].decode("latin-1").split()
+                header.ended = start.endswith(b"\n")
             return header
     raise _bad("it has no ElementDataFile")
 
@@ -166,15 +168,26 @@ def _meta_files(path: Path, header: Header, shape: list[int]) -> list[str]:
     if name.upper() == "LOCAL":
         return []
     if words and words[0].upper() == "LIST":
-        return header.names[: shape[-1]]
+        if len(words) > 1:
+            raise ValueError("its data are a list of files of other dimensions than slices, which is not supported")
+        if not header.ended:  # ITK passes over the last name, and puts zeros for its voxels
+            raise _bad("its list of files does not end with a line's end")
+        return _as_many(header.names, shape[-1])
     if "%" in name:
         if not (
             len(words) == 4 and _NUMBERED.fullmatch(words[0]) and all(re.fullmatch(r"\d{1,6}", w) for w in words[1:])
         ):
             raise _bad(f"elementdatafile {name[:60]!r} is no pattern of names")
         first, last, step = map(int, words[1:])
-        return [words[0] % number for number in range(first, min(last, first + 10**5) + 1, max(step, 1))]
+        found = [words[0] % number for number in range(first, min(last, first + 10**5) + 1, max(step, 1))]
+        return _as_many(found, shape[-1])
     return [name]
+
+
+def _as_many(names: list[str], slices: int) -> list[str]:
+    if len(names) != slices:
+        raise ValueError(f"cannot be read: it names {len(names)} files for {slices} slices")
+    return names
 
 
 def _compare_letters(path: Path, header: Header, dims: int) -> None:
@@ -349,6 +362,8 @@ def _judge_data(
     if packed and len(files) <= 1:
         _judge_packed(files[0] if files else path, 0 if files else header.length, wanted, skip, gz)
         return
+    if len(files) > 1 and not packed and not text and min(file.stat().st_size for file in files) < wanted // len(files):
+        raise ValueError("cannot be read: it is cut short: one of its files is smaller than a slice")
     stored = sum(file.stat().st_size - skip for file in files) if files else path.stat().st_size - header.length - skip
     if packed:
         stored *= limits.DEFLATE
