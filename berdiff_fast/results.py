@@ -242,8 +242,7 @@ def report_again(
     if volume.fingerprint() != summary["input_sha256"]:
         raise ValueError(f"{volume.path} is not what the results in {root} were made of: voxels or geometry differ")
     masks = np.stack([volumes.read(root / name).array != 0 for name in summary["masks"]])
-    read = [*raters_io.read([r for r in raters if not isinstance(r, Volume)], volume)]
-    read += [r for r in raters if isinstance(r, Volume)]
+    read = raters_io.read(raters, volume)
     provenance = {k: v for k, v in summary.items() if k not in _RESULTS} | _files(read)
     theirs = check_raters(read, volume)
     if theirs is not None:

@@ -300,8 +300,8 @@ class _Tiling:
     def cut(self, array: np.ndarray, outside: np.ndarray | None = None) -> torch.Tensor:
         """The tiles (tiles, h, w) of a slice, filled up with the lowest value where they reach beyond it.
 
-        What is ``outside`` the scan (bool, of the array's shape) gets the lowest value of the tile's rest, so that it has
-        no part in the tile's minimum and maximum.
+        What is ``outside`` the scan (bool, of the array's shape) gets the lowest value of the tile's rest, so that it
+        has no part in the tile's minimum and maximum.
         """
         x = torch.from_numpy(np.ascontiguousarray(array).astype(np.float32))
         beyond = None

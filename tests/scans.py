@@ -103,7 +103,7 @@ def small_model(path: Path, **preprocessing) -> Path:
 
 
 def write_enhanced(path: Path, volume: Volume, order=None, rescale=None, positions=None, **changes) -> None:
-    """One file of many frames: frame f holds slice ``order[f]``, with a (slope, intercept) of its own from ``rescale``."""
+    """One file of many frames: frame f holds slice ``order[f]``, with its (slope, intercept) in ``rescale``."""
     import pydicom
     from pydicom.dataset import Dataset
     from pydicom.sequence import Sequence
@@ -119,7 +119,8 @@ def write_enhanced(path: Path, volume: Volume, order=None, rescale=None, positio
                  "RescaleIntercept", "RescaleType"):  # fmt: skip
         delattr(d, name)
     d.SOPClassUID = d.file_meta.MediaStorageSOPClassUID = pydicom.uid.EnhancedCTImageStorage
-    d.NumberOfFrames, d.ImageType, d.ContentDate, d.ContentTime = len(order), ["ORIGINAL", "PRIMARY"], "20200101", "000000"
+    d.NumberOfFrames, d.ImageType = len(order), ["ORIGINAL", "PRIMARY"]
+    d.ContentDate, d.ContentTime = "20200101", "000000"
 
     def item(**values):
         found = Dataset()

@@ -88,7 +88,7 @@ def nowhere(d):
 
 
 BAD_FRAMES = {
-    "uneven": (dict(order=[0, 1, 3, 4]), None, "misses slices, or is not evenly spaced: 6.000 mm between bad.dcm frame 2"),
+    "uneven": (dict(order=[0, 1, 3, 4]), None, "is not evenly spaced: 6.000 mm between bad.dcm frame 2"),
     "twice": (dict(positions=[0, 1, 1, 2, 3]), None, "two slices at one position: bad.dcm frame 2 and bad.dcm frame 3"),
     "each twice": (dict(order=[0, 0, 1, 1]), None, "two slices at one position"),
     "not parallel": ({}, slanted, "not parallel: bad.dcm frame 3 lies across the others"),
@@ -220,7 +220,7 @@ def test_a_localizer_is_named(tmp_path):
 def test_folders_of_folders_and_tables_of_contents(tmp_path):
     write_series(tmp_path / "disc" / "ST0" / "SE0", scan())
     (tmp_path / "disc" / "readme.txt").write_text("x" * 200)
-    with pytest.raises(ValueError, match=r"holds no DICOM series itself; give one of the folders below it: ST0/SE0 \(5 files"):
+    with pytest.raises(ValueError, match=r"no DICOM series itself; give one of the folders below it: ST0/SE0 \(5 f"):
         volumes.read(tmp_path / "disc")
     meta = pydicom.dataset.FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = "1.2.840.10008.1.3.10", "1.2.840.10008.1.2.1"
@@ -259,7 +259,11 @@ def test_positions_rounded_to_a_tenth(tmp_path, caplog):
     next(p for p in (tmp_path / "ct").iterdir() if pydicom.dcmread(p).InstanceNumber == 5).unlink()
     with pytest.raises(ValueError, match="misses slices"):
         volumes.read(tmp_path / "ct")
-    write_series(tmp_path / "odd", volume, ImagePositionPatient=lambda k: ["0", "0", f"{0.625 * k + 0.04 * (k % 2):.3f}"])
+
+    def uneven(k):
+        return ["0", "0", f"{0.625 * k + 0.04 * (k % 2):.3f}"]
+
+    write_series(tmp_path / "odd", volume, ImagePositionPatient=uneven)
     with pytest.raises(ValueError, match="misses slices"):
         volumes.read(tmp_path / "odd")
 

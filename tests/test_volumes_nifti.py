@@ -132,7 +132,7 @@ def test_spacing_is_in_mm_and_is_the_forms(tmp_path):
         (dict(srow_x=[0, 0, 0, 0], qform_code=0), "its sform is singular"),
         (dict(srow_x=[np.nan, 0, 0, 0], qform_code=0), "its sform is singular or not finite"),
         (dict(quatern_b=2.0, sform_code=0), "its qform is no rotation"),
-        (dict(srow_x=[-0.7, 0.08, 0, 10], qform_code=0), "its sform is sheared: axes are 0.1 (cosine) off right angles"),
+        (dict(srow_x=[-0.7, 0.08, 0, 10], qform_code=0), "sform is sheared: axes are 0.1 (cosine) off right angles"),
         (dict(xyzt_units=5), "names the unit 5 of length"),
         (dict(bitpix=8), "its header says 8 bits"),
         (dict(vox_offset=-4), "begin at byte -4"),
@@ -153,7 +153,8 @@ def test_what_makes_no_sense_is_refused(tmp_path, fields, words):
 
 
 def test_a_form_that_makes_no_sense_leaves_the_other(tmp_path, caplog):
-    for fields, words in ((dict(srow_x=[0, 0, 0, 0]), "sform is singular"), (dict(quatern_b=2.0), "qform is no rotation")):
+    spoilt = [(dict(srow_x=[0, 0, 0, 0]), "sform is singular"), (dict(quatern_b=2.0), "qform is no rotation")]
+    for fields, words in spoilt:
         volume = volumes.read(patch(save(tmp_path / "scan.nii"), **fields))
         np.testing.assert_allclose(volume.origin, (-10, -20, 30), rtol=1e-6)
         assert words in caplog.messages[-1]
@@ -205,7 +206,8 @@ def test_containers(tmp_path):
         np.testing.assert_allclose(volume.origin, (-10, -20, 30), rtol=1e-6)
         volumes.write(tmp_path / "mask.nii.gz", volume.array > 0, volume)
         np.testing.assert_allclose(nib.load(tmp_path / "mask.nii.gz").affine, nib.load(plain).affine, atol=1e-6)
-        np.testing.assert_allclose(sitk.ReadImage(str(tmp_path / "mask.nii.gz")).GetOrigin()[:3], (-10, -20, 30), rtol=1e-6)
+        origin = sitk.ReadImage(str(tmp_path / "mask.nii.gz")).GetOrigin()[:3]
+        np.testing.assert_allclose(origin, (-10, -20, 30), rtol=1e-6)
         (tmp_path / "mask.nii.gz").unlink()
     nib.save(nib.Nifti1Image(ARRAY[2].T, PLAIN), tmp_path / "flat.nii")
     flat = volumes.read(tmp_path / "flat.nii")

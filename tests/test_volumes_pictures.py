@@ -45,7 +45,8 @@ def png(path, array, orientation=None):
     kind = {2: 4, 3: 2, 4: 6}[channels]
     exif = b""
     if orientation:
-        exif = chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01" + struct.pack(">HH", orientation, 0) + bytes(4))
+        entry = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)
+        exif = chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x01" + entry + bytes(4))
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + exif + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
     return path
@@ -142,7 +143,7 @@ def test_turned_as_a_viewer_does(tmp_path, orientation):
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
 def test_import_turns_image_and_mask_alike(tmp_path, orientation):
-    """A photograph that says it lies on its side, and masks drawn in a viewer that turned it; and masks that say so too."""
+    """A picture that says it lies on its side, masks drawn in a viewer that turned it, and masks that say so too."""
     small = (GREY[:40, :40] >> 3).astype(np.uint8)
     inside = (small > 100).astype(np.uint8) * 255
     exif = Image.Exif()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Raters' masks on a scan's voxels: compared in space, reoriented where stored the other way round, DICOM's own kinds."""
+"""Raters' masks on a scan's voxels: compared in space, reoriented where stored otherwise, DICOM's own kinds."""
 
 from __future__ import annotations
 
@@ -136,10 +136,10 @@ def test_segmentations(tmp_path, source, kind, omit):
         (found,) = raters.read([path], on)
         assert np.array_equal(results.check_raters([found], on)[0], two)
     # A scan stored the other way round gets the same voxels in space.
-    back = Volume(SCAN.array[:, ::-1], SCAN.spacing,
-                  tuple((SCAN.origin + SCAN.direction[:, 1] * 0.6 * 16).tolist()), SCAN.direction * (1, -1, 1))  # fmt: skip
+    last = tuple((SCAN.origin + SCAN.direction[:, 1] * 0.6 * 16).tolist())
+    back = Volume(SCAN.array[:, ::-1], SCAN.spacing, last, SCAN.direction * (1, -1, 1))
     assert np.array_equal(raters.read([path], back)[0].array, two[:, ::-1])
-    for wrong in (moved(SCAN, (100, 0, 0)), moved(SCAN, (0.3, 0, 0)), dataclasses.replace(SCAN, spacing=(1.0, 1.0, 3.0))):
+    for wrong in (moved(SCAN, (100, 0, 0)), moved(SCAN, (0.3, 0, 0)), moved(SCAN, spacing=(1.0, 1.0, 3.0))):
         with pytest.raises(ValueError, match="lies elsewhere than the scan"):
             raters.read([path], wrong)
     with pytest.raises(ValueError, match="the scan does not say where its voxels lie"):
@@ -155,8 +155,8 @@ def test_one_of_several_segments(tmp_path, source):
     assert np.array_equal(raters.read([f"{path}#1"], source)[0].array, BOX)
     with pytest.raises(ValueError, match="has no segments of the name 'liver'; there are 'nodule'"):
         raters.read([f"{path}#liver"], source)
+    nifti_of(source, tmp_path / "scan.nii")
     with pytest.raises(ValueError, match="no DICOM segmentation or RTSTRUCT"):
-        nifti_of(source, tmp_path / "scan.nii")
         raters.read([f"{tmp_path / 'scan.nii'}#x"], source)
     with pytest.raises(ValueError, match="a DICOM segmentation, not a scan; give it as a rater"):
         volumes.read(path)
@@ -242,7 +242,7 @@ def test_contours(tmp_path, source):
 
 
 def test_polygons_are_filled_as_another_library_does():
-    """matplotlib's test of points, on corners that lie on no pixel; and neighbours that share an edge share no pixel."""
+    """matplotlib's test of points, on corners that lie on no pixel; neighbours that share an edge share no pixel."""
     path = pytest.importorskip("matplotlib.path", reason="matplotlib is not installed")
     rng = np.random.default_rng(0)
     grid = np.stack(np.meshgrid(np.arange(31), np.arange(23), indexing="xy"), -1).reshape(-1, 2)

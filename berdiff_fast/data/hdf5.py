@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from berdiff_fast.io.hdf5 import own_dataset
-
 #: Datasets beside ``image`` and ``mask`` that say where a slice comes from; each (N,) and optional.
 PROVENANCE = ("patient_id", "nodule", "slice")
 
@@ -53,8 +51,7 @@ class RaterDataset(Dataset):
             self.mask_channels: int = 1 if mask.ndim == 4 else mask.shape[2]
             self.provenance: dict[str, np.ndarray] = {}
             for name in PROVENANCE:
-                if name in file.keys():  # noqa: SIM118
-                    own_dataset(file, name)
+                if name in file:
                     if file[name].shape != (self._length,):
                         raise ValueError(
                             f"{self.path}: {name} must have shape ({self._length},), got {file[name].shape}"
@@ -78,12 +75,9 @@ class RaterDataset(Dataset):
 
     def _datasets(self, file: h5py.File) -> tuple[h5py.Dataset, h5py.Dataset]:
         for name in ("image", "mask"):
-            if name not in file.keys():  # noqa: SIM118 - `in file` would follow a link to another file
+            if not isinstance(file.get(name), h5py.Dataset):
                 raise ValueError(f"{self.path} has no dataset {name!r}; it has {sorted(file)}")
-        try:
-            image, mask = own_dataset(file, "image"), own_dataset(file, "mask")
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from None
+        image, mask = file["image"], file["mask"]
         if image.ndim not in (3, 4) or image.dtype.kind not in "uif":
             raise ValueError(
                 f"{self.path}: image must be (N, H, W) or (N, C, H, W) real numbers, got {image.dtype} {image.shape}"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scans in files: voxels with their place in the patient, read, checked, and written back on the same grid.
 
-``berdiff_fast.io`` does it, a module per format. Pictures, NumPy and HDF5 files need no extra; NIfTI, NRRD, MetaImage and
-DICOM want ``pip install "berdiff_fast[imaging]"``.
+``berdiff_fast.io`` does it, a module per format. Pictures, NumPy and HDF5 files need no extra; NIfTI, NRRD, MetaImage
+and DICOM want ``pip install "berdiff_fast[imaging]"``.
 """
 
 from berdiff_fast._optional import require

@@ -149,10 +149,8 @@ def _may_be_dicom(path: Path) -> bool:
 def _below(folder: Path, at_most: int = 2000) -> str:
     """Where below a folder there are series, in words."""
     count: Counter[Path] = Counter()
-    looked = 0
-    for path in folder.rglob("*"):
-        looked += 1
-        if looked > at_most:
+    for looked, path in enumerate(folder.rglob("*")):
+        if looked >= at_most:
             break
         if path.is_file() and not path.name.startswith(".") and path.name != "DICOMDIR" and is_dicom(path):
             count[path.parent] += 1
@@ -353,7 +351,7 @@ def _array(
 
 
 def _is_inverted(dataset: Any, value: Values) -> bool:
-    """MONOCHROME1 says how to show a picture. Hounsfield units stay what they are; of others bright is to mean dense."""
+    """MONOCHROME1 says how to show a picture. Hounsfield units stay as they are; else bright is to mean dense."""
     if str(dataset.get("PhotometricInterpretation", "")).strip() != "MONOCHROME1":
         return False
     modality = str(dataset.get("Modality", ""))

@@ -128,8 +128,8 @@ def _check_sizes(frames: Sequence[Frame]) -> None:
     if len(set(sizes)) > 1:
         odd = _odd(frames, sizes)
         raise ValueError(
-            f"has slices of different sizes: {sorted(set(sizes))}; {odd.name} is unlike most (a localizer?): move it out "
-            "of the folder"
+            f"has slices of different sizes: {sorted(set(sizes))}; {odd.name} is unlike most (a localizer?): move it "
+            "out of the folder"
         )
     spacings = [() if frame.spacing is None else tuple(frame.spacing.tolist()) for frame in frames]
     if len(set(spacings)) > 1:

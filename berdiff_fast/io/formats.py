@@ -94,8 +94,8 @@ def _checked(volume: Volume) -> Volume:
     direction = volume.direction
     if not np.isfinite(direction).all() or np.abs(direction.T @ direction - np.eye(3)).max() > 2e-3:
         raise ValueError(
-            f"{path}: direction must be a rotation, got {direction.round(4).tolist()}; resample it to a grid with right "
-            "angles first"
+            f"{path}: direction must be a rotation, got {direction.round(4).tolist()}; resample it to a grid with "
+            "right angles first"
         )
     return volume
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """NIfTI 1 and 2: headers by nibabel, voxels and checks here.
 
-A NIfTI header says where its voxels lie up to three times: by the sform (any matrix), by the qform (a rotation, with the
-spacing in pixdim) and by pixdim alone, each with a code that says whether it counts, and in units of its own. Readers
-differ in which they take. So what is written on a scan's grid repeats all of it: whatever a reader makes of the scan, it
-makes of the mask. Where the ways disagree, one line says so.
+A NIfTI header says where its voxels lie up to three times: by the sform (any matrix), by the qform (a rotation, with
+the spacing in pixdim) and by pixdim alone, each with a code that says whether it counts, and in units of its own.
+Readers differ in which they take. So what is written on a scan's grid repeats all of it: whatever a reader makes of the
+scan, it makes of the mask. Where the ways disagree, one line says so.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _read(path: Path, series: str | None) -> Volume:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, float]]:
-    """The bytes of a file that is gzipped or not, whatever its name says, and how many times as many they can become."""
+    """The bytes of a file that is gzipped or not, whatever its name says, and how many times as many they can be."""
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
@@ -126,7 +126,7 @@ def _shape(header: Any) -> tuple[int, int, int]:
     sizes = [max(1, size) for size in dim[1 : 1 + dim[0]]]
     if any(size > 1 for size in sizes[3:]):
         raise ValueError(f"must be one volume of 3 dimensions, got {dim[0]}: {tuple(sizes)}")
-    x, y, z = (sizes + [1, 1])[:3]
+    x, y, z = [*sizes, 1, 1][:3]
     return x, y, z
 
 
@@ -185,8 +185,8 @@ def _geometry(header: Any) -> tuple[Grid, list[str], bool]:
         finest = min(np.linalg.norm(forms["sform"][:3, :3], axis=0))
         if apart > max(0.01 * finest, 1e-4 * _extent(forms["sform"], shape)):
             notes.append(
-                f"its sform and qform differ ({codes}): they put voxels up to {apart * _MM[unit]:.3g} mm apart; the sform "
-                "is taken, and masks repeat both"
+                f"its sform and qform differ ({codes}): they put voxels up to {apart * _MM[unit]:.3g} mm apart; the "
+                "sform is taken, and masks repeat both"
             )
     if forms:
         name, matrix = next(iter(forms.items()))
@@ -194,8 +194,8 @@ def _geometry(header: Any) -> tuple[Grid, list[str], bool]:
         shear = _shear(matrix)
         if shear > _SHEAR:
             raise ValueError(
-                f"its {name} is sheared: axes are {shear:.2g} (cosine) off right angles; resample it to a grid with right "
-                "angles first (nibabel.processing.resample_to_output, or a viewer's resampling)"
+                f"its {name} is sheared: axes are {shear:.2g} (cosine) off right angles; resample it to a grid with "
+                "right angles first (nibabel.processing.resample_to_output, or a viewer's resampling)"
             )
         if shear > _NOISE:
             notes.append(

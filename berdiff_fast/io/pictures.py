@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures in files, PNG, JPEG, TIFF or NPY: one grey picture of all its levels, turned as a viewer shows it.
 
-Pillow reads most of them. What it would read wrong without a word (16 bits of a colour picture become 8; grey of 16 bits
-whose 0 is white is not inverted; signed bytes become unsigned) or not at all (float16, float64) is read by SimpleITK
-(PNG) and tifffile (TIFF), which the extra ``imaging`` brings, or refused.
+Pillow reads most of them. What it would read wrong without a word (16 bits of a colour picture become 8; grey of 16
+bits whose 0 is white is not inverted; signed bytes become unsigned) or not at all (float16, float64) is read by
+SimpleITK (PNG) and tifffile (TIFF), which the extra ``imaging`` brings, or refused.
 
 Every function raises a ValueError that says what is wrong with the picture; the caller knows its path.
 """
@@ -150,7 +150,8 @@ def _check_size(size: tuple[int, ...]) -> None:
     limit = int(os.environ.get("BERDIFF_FAST_MAX_PIXELS", limits.MAX_PIXELS))
     if int(np.prod(size, dtype=object)) > limit:
         raise _NotGreyError(
-            f"has {limits.by(size)} pixels, more than the {limit} that are read (BERDIFF_FAST_MAX_PIXELS sets the limit)"
+            f"has {limits.by(size)} pixels, more than the {limit} that are read "
+            "(BERDIFF_FAST_MAX_PIXELS sets the limit)"
         )
 
 
@@ -183,7 +184,7 @@ def _deep_png(path: Path, start: bytes) -> np.ndarray:
 
 
 def _two_channels(path: Path) -> np.ndarray:
-    """Grey and alpha of 16 bits: four bytes a pixel, as in four channels of 8, which Pillow takes apart and leaves be."""
+    """Grey and alpha of 16 bits: four bytes a pixel, as in four channels of 8, which Pillow leaves as they are."""
     from PIL import Image
 
     data = bytearray(path.read_bytes())

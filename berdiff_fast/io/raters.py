@@ -26,8 +26,8 @@ _RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 _OFF = 0.1
 
 
-def read(paths: Sequence[str | os.PathLike[str]], scan: Volume) -> list[Volume]:
-    """Read raters' masks onto a scan's grid.
+def read(paths: Sequence[str | os.PathLike[str] | Volume], scan: Volume) -> list[Volume]:
+    """Read raters' masks onto a scan's grid; what was read already stays.
 
     Args:
         paths: of any format that a scan may have, of a DICOM segmentation, or of an RTSTRUCT. ``FILE#NAME`` takes the
@@ -38,7 +38,7 @@ def read(paths: Sequence[str | os.PathLike[str]], scan: Volume) -> list[Volume]:
         FileNotFoundError, ValueError: one cannot be read, lies elsewhere than the scan, or several structures are in a
             file and none is named; in one line.
     """
-    return [_read_one(Path(path), scan) for path in paths]
+    return [path if isinstance(path, Volume) else _read_one(Path(path), scan) for path in paths]
 
 
 def _read_one(path: Path, scan: Volume) -> Volume:
@@ -116,8 +116,8 @@ def onto(rater: Volume, scan: Volume) -> Volume:
     apart = np.linalg.norm(here - there, axis=1).max()
     if apart > _OFF * min(spacing):
         raise ValueError(
-            f"raters: {rater.path} lies elsewhere than the scan: other origin, spacing or direction, its voxels are up to "
-            f"{apart:.3g} mm off"
+            f"raters: {rater.path} lies elsewhere than the scan: other origin, spacing or direction, its voxels are up "
+            f"to {apart:.3g} mm off"
         )
     if array.strides == rater.array.strides:
         return rater
@@ -248,8 +248,8 @@ def _check_frame_of_reference(header: Any, scan: Volume) -> None:
 def _contoured(path: Path, name: str | None, scan: Volume) -> np.ndarray:
     """A region of an RTSTRUCT, filled slice by slice.
 
-    A voxel is inside where its middle is, by the even-odd rule: so a contour within another is a hole, and a channel that
-    leads to one (a "keyhole") encloses nothing. Contours lie in slices of the scan; nothing is filled in between.
+    A voxel is inside where its middle is, by the even-odd rule: so a contour within another is a hole, and a channel
+    that leads to one (a "keyhole") encloses nothing. Contours lie in slices of the scan; nothing is filled in between.
     """
     header = dicom_pixels.open_file(path)
     _check_frame_of_reference(header, scan)
@@ -285,7 +285,7 @@ def _contoured(path: Path, name: str | None, scan: Volume) -> np.ndarray:
 def even_odd(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Fill a polygon: bool (H, W), True where a ray from a pixel's middle crosses its edges an odd number of times.
 
-    An edge counts for the rows from its upper end on and before its lower one, and for the columns right of it or on it.
+    An edge counts for the rows from its upper end on and before its lower one, and for columns right of it or on it.
     So polygons that share an edge share no pixel and leave none out.
 
     Args:
