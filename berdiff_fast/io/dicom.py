@@ -344,9 +344,9 @@ def _array(
                 outside[place] = (part >= ends[0]) & (part <= ends[1])
     assert array is not None
     if outside.any() and not outside.all():  # no single value means it: give it one that no tissue has
-        low = float(np.floor(array[~outside].min()) - 1)
-        array[outside] = low
-        padding.add((low, low))
+        none = float(np.floor(array[~outside].min()) - 1)
+        array[outside] = none
+        padding.add((none, none))
     return array, tuple(sorted(padding))
 
 

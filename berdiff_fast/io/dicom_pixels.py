@@ -162,6 +162,7 @@ def _plain(dataset: Any, data: bytes, keyword: str, shape: tuple[int, int, int],
 def _unpacked(dataset: Any, shape: tuple[int, int, int], syntax: Any) -> np.ndarray:
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.encaps import generate_frames
+    from pydicom.uid import UID
 
     if syntax == _RLE:
         dataset.NumberOfFrames = shape[0]
@@ -173,8 +174,8 @@ def _unpacked(dataset: Any, shape: tuple[int, int, int], syntax: Any) -> np.ndar
     sitk = require("SimpleITK")
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = syntax
-    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7.3" if shape[0] > 1 else "1.2.840.10008.5.1.4.1.1.7"
-    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    meta.MediaStorageSOPClassUID = UID("1.2.840.10008.5.1.4.1.1.7" + (".3" if shape[0] > 1 else ""))
+    meta.MediaStorageSOPInstanceUID = UID("1.2.3")
     bare = FileDataset(io.BytesIO(), {}, file_meta=meta, preamble=bytes(128))
     bare.SOPClassUID, bare.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     bare.StudyInstanceUID = bare.SeriesInstanceUID = "1.2.4"

@@ -84,7 +84,7 @@ def stack(frames: Sequence[Frame], *, keep: bool) -> Stack:
     assert first.orientation is not None
     _check_orientation(first)
     normal = np.cross(first.orientation[:3], first.orientation[3:])
-    heights = np.array([frame.position @ normal for frame in frames])  # type: ignore[operator]
+    heights = np.array([frame.position @ normal for frame in frames])
     steps = np.diff(heights)
     steady = keep and ((steps > 1e-6).all() or (steps < -1e-6).all())
     order = [*range(len(frames))] if steady else [int(i) for i in np.argsort(heights, kind="stable")]

@@ -12,7 +12,7 @@ import numpy as np
 from berdiff_fast.files import whole_file
 from berdiff_fast.io import dicom, hdf5, itk, nifti, padding, pictures
 from berdiff_fast.io.volume import Format, Volume
-from berdiff_fast.io.words import line
+from berdiff_fast.io.words import line, without_chatter
 
 _ALL: dict[str, Format] = {
     one.name: one
@@ -49,7 +49,8 @@ def read(path: str | os.PathLike[str], *, series: str | None = None) -> Volume:
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     kind = "dicom" if path.is_dir() else format_of(path)
     try:
-        volume = _ALL[kind].read(path, series)
+        with without_chatter():
+            volume = _ALL[kind].read(path, series)
     except ImportError:
         raise
     except ValueError as error:

@@ -181,7 +181,7 @@ def _geometry(header: Any) -> tuple[Grid, list[str], bool]:
     forms = _forms(header, notes)
     codes = f"sform code {int(header['sform_code'])}, qform code {int(header['qform_code'])}"
     if len(forms) == 2:
-        apart = _apart(*forms.values(), shape)
+        apart = _apart(forms["sform"], forms["qform"], shape)
         finest = min(np.linalg.norm(forms["sform"][:3, :3], axis=0))
         if apart > max(0.01 * finest, 1e-4 * _extent(forms["sform"], shape)):
             notes.append(

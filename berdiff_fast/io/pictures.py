@@ -124,26 +124,31 @@ def _picture(path: Path) -> tuple[np.ndarray, bool]:
         picture = Image.open(path, formats=_KNOWN)
     with picture:
         _check_size(picture.size[::-1])
-        if getattr(picture, "n_frames", 1) > 1:
-            raise _NotGreyError(f"holds {picture.n_frames} pictures, expected one")
+        _check_alone(picture)
         lossy = picture.format in ("JPEG", "MPO")
         see_through = picture.info.get("transparency")
         picture.load()
-        if picture.format != "TIFF":  # which was turned as it was loaded
-            picture = ImageOps.exif_transpose(picture)
-        if picture.mode in ("L", "I", "F") or picture.mode.startswith("I;16"):
-            array = np.asarray(picture)
+        # A TIFF is turned as it is loaded.
+        shown: Image.Image = picture if picture.format == "TIFF" else ImageOps.exif_transpose(picture)
+        if shown.mode in ("L", "I", "F") or shown.mode.startswith("I;16"):
+            array = np.asarray(shown)
             if isinstance(see_through, int) and (array == see_through).any():
                 raise _NotGreyError("has transparent pixels, expected an opaque picture")
             return array.astype(array.dtype.newbyteorder("="), copy=False), lossy
-        if picture.mode not in ("1", "LA", "P", "PA", "RGB", "RGBA"):
-            raise _NotGreyError(f"is a picture of mode {picture.mode}, expected a grey one")
-        rgba = np.asarray(picture.convert("RGBA"))
+        if shown.mode not in ("1", "LA", "P", "PA", "RGB", "RGBA"):
+            raise _NotGreyError(f"is a picture of mode {shown.mode}, expected a grey one")
+        rgba = np.asarray(shown.convert("RGBA"))
     if not (rgba[..., 3] == 255).all():
         raise _NotGreyError("has transparent pixels, expected an opaque picture")
     if not (rgba[..., :3] == rgba[..., :1]).all():
         raise _NotGreyError("is a colour picture, expected a grey one (or equal channels)")
     return rgba[..., 0], lossy
+
+
+def _check_alone(picture: Any) -> None:
+    frames = getattr(picture, "n_frames", 1)
+    if frames > 1:
+        raise _NotGreyError(f"holds {frames} pictures, expected one")
 
 
 def _check_size(size: tuple[int, ...]) -> None:
@@ -174,8 +179,7 @@ def _deep_png(path: Path, start: bytes) -> np.ndarray:
     from PIL import Image
 
     with Image.open(path, formats=("PNG",)) as picture:
-        if getattr(picture, "n_frames", 1) > 1:
-            raise _NotGreyError(f"holds {picture.n_frames} pictures, expected one")
+        _check_alone(picture)
         orientation = int(picture.getexif().get(0x0112, 1))
     array = _two_channels(path) if start[25] == 4 else _three_or_four(path)
     if array.shape[:2] != (rows, columns) or array.ndim != 3 or array.dtype != np.uint16:
