@@ -33,37 +33,13 @@ _NO_SCANS = {
 }
 
 _HEADER = [
-    "SOPClassUID",
-    "SeriesInstanceUID",
-    "StudyInstanceUID",
-    "Modality",
-    "ImageType",
-    "Rows",
-    "Columns",
-    "NumberOfFrames",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "BitsAllocated",
-    "BitsStored",
-    "HighBit",
-    "PixelRepresentation",
-    "PixelSpacing",
-    "ImagerPixelSpacing",
-    "SpacingBetweenSlices",
-    "SliceThickness",
-    "ImageOrientationPatient",
-    "ImagePositionPatient",
-    "RescaleSlope",
-    "RescaleIntercept",
-    "RescaleType",
-    "ModalityLUTSequence",
-    "PixelPaddingValue",
-    "PixelPaddingRangeLimit",
-    "GridFrameOffsetVector",
-    "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
-    "DetectorInformationSequence",
-]
+    "SOPClassUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality", "ImageType", "Rows", "Columns",
+    "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit",
+    "PixelRepresentation", "PixelSpacing", "ImagerPixelSpacing", "SpacingBetweenSlices", "SliceThickness",
+    "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "RescaleType",
+    "ModalityLUTSequence", "PixelPaddingValue", "PixelPaddingRangeLimit", "GridFrameOffsetVector",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "DetectorInformationSequence",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def stack(frames: Sequence[Frame], *, keep: bool) -> Stack:
 
 
 def _single(frame: Frame) -> Stack:
-    """A slice as thick as it says, and 1 mm, as ITK has it, where it says nothing."""
+    """A slice as thick as it says, else as far from the next as it says; 1 mm, as ITK has it, where it says nothing."""
     direction, origin = np.eye(3), (0.0, 0.0, 0.0)
     if frame.orientation is not None:
         along, down = frame.orientation[:3], frame.orientation[3:]
@@ -112,7 +112,8 @@ def _single(frame: Frame) -> Stack:
         origin = (float(x), float(y), float(z))
     spacing = None
     if frame.spacing is not None:
-        thickness = frame.thickness if frame.thickness and frame.thickness > 0 else 1.0
+        told = [x for x in (frame.thickness, abs(frame.between or 0)) if x is not None and x > 0]
+        thickness = told[0] if told else 1.0
         spacing = (float(frame.spacing[1]), float(frame.spacing[0]), float(thickness))
     return Stack([0], spacing, origin, direction, frame.is_placed)
 

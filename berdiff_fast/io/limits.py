@@ -48,6 +48,8 @@ def check_voxels(shape: Sequence[int], itemsize: int, stored: int | None = None,
             f"claims {by(shape)} voxels, more than the {limit} that are read (BERDIFF_FAST_MAX_VOXELS sets the limit)"
         )
     wanted = voxels * itemsize
+    if wanted > 4 * limit:
+        raise ValueError(f"claims {wanted >> 20} MB, more than the {4 * limit >> 20} that are read")
     if stored is not None and wanted > ratio * stored + _CHUNK * (ratio > 1):
         raise ValueError(f"is cut short: it has {stored} of {wanted} bytes")
     return wanted

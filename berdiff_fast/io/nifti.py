@@ -124,6 +124,8 @@ def _shape(header: Any) -> tuple[int, int, int]:
     if not 1 <= dim[0] <= 7 or min(dim[1 : 1 + min(dim[0], 3)]) < 1:
         raise ValueError(f"cannot be read: its header claims the dimensions {dim}")
     sizes = [max(1, size) for size in dim[1 : 1 + dim[0]]]
+    if len(sizes) > 4 and sizes[3] == 1 and sizes[4] > 1:
+        raise ValueError(f"must hold one number for each voxel, got {sizes[4]} (colour, or vectors)")
     if any(size > 1 for size in sizes[3:]):
         raise ValueError(f"must be one volume of 3 dimensions, got {dim[0]}: {tuple(sizes)}")
     x, y, z = [*sizes, 1, 1][:3]

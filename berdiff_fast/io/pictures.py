@@ -260,7 +260,7 @@ def _needs_tifffile(tags: dict[int, tuple[int, ...]]) -> bool:
         return bit != 32
     if kind == 2:
         return bit not in (16, 32)
-    return bit not in (1, 8, 16) or (white_is_zero and bit == 16)
+    return bit not in (1, 2, 4, 8, 16) or (white_is_zero and bit == 16)
 
 
 def _tiff(path: Path) -> np.ndarray:
