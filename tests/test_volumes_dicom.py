@@ -83,6 +83,10 @@ def slanted(d):
     frame.PlaneOrientationSequence[0].ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
 
 
+def groupless(d):
+    del d.PerFrameFunctionalGroupsSequence
+
+
 def nowhere(d):
     del d.PerFrameFunctionalGroupsSequence[3].PlanePositionSequence
 
@@ -93,6 +97,7 @@ BAD_FRAMES = {
     "each twice": (dict(order=[0, 0, 1, 1]), None, "two slices at one position"),
     "not parallel": ({}, slanted, "not parallel: bad.dcm frame 3 lies across the others"),
     "without a place": ({}, nowhere, "slices without a position: bad.dcm frame 4"),
+    "no groups": ({}, groupless, "it lacks the functional groups"),
     "too few groups": ({}, lambda d: d.PerFrameFunctionalGroupsSequence.pop(), "tells of 4 frames"),
     "more than there are": (dict(NumberOfFrames=9), None, "tells of 5 frames in its functional groups, and holds 9"),
     "cut short": ({}, lambda d: setattr(d, "PixelData", d.PixelData[:-200]), "is cut short"),

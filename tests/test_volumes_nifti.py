@@ -99,6 +99,10 @@ def test_masks_repeat_forms_codes_and_units(tmp_path, what, ending, caplog):
     for name in ("pixdim", "sform_code", "qform_code", "xyzt_units", "srow_x", "srow_y", "srow_z", "quatern_b",
                  "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z", "dim"):  # fmt: skip
         assert np.array_equal(theirs[name], ours[name]), name
+    caplog.clear()
+    back = volumes.read(mask)
+    assert back.spacing == volume.spacing and back.origin == volume.origin
+    assert not caplog.messages, "told once, with the scan, and not again with each mask"
     np.testing.assert_array_equal(nib.load(mask).affine, nib.load(path).affine)
     assert np.array_equal(np.asarray(nib.load(mask).dataobj).T, ARRAY > 0)
     try:

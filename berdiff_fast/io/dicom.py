@@ -32,6 +32,9 @@ _NO_SCANS = {
     _DICOMDIR: "a DICOMDIR, a table of contents; give the folder of one series, or one of its files",
 }
 
+#: Classes whose frames are described by functional groups alone: enhanced CT, MR and PET, and what was made so later.
+_ENHANCED = tuple(f"1.2.840.10008.5.1.4.1.1.{end}" for end in ("2.1", "2.2", "4.1", "4.4", "130", "128.1"))
+
 _HEADER = [
     "SOPClassUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality", "ImageType", "Rows", "Columns",
     "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit",
@@ -141,7 +144,7 @@ def _volume(path: Path, files: list[Path], headers: list[Any]) -> Volume:
     values: list[Values] = []
     for file, header in zip(files, headers, strict=True):
         count, _, _ = _in(file, path, dicom_pixels.judge, header)
-        for number, (frame, value) in enumerate(_in(file, path, _frames, header, file, count)):
+        for number, (frame, value) in enumerate(_in(file, path, frames_of, header, file, count)):
             frames.append(frame)
             values.append(value)
             assert frame.number == number
@@ -177,11 +180,13 @@ def _in(file: Path, path: Path, judge: Any, *arguments: Any) -> Any:
 # ---------------------------------------------------------------------- frames
 
 
-def _frames(header: Any, file: Path, count: int) -> list[tuple[Frame, Values]]:
+def frames_of(header: Any, file: Path, count: int) -> list[tuple[Frame, Values]]:
     """Of a file: what its functional groups say of each frame, or its header of all."""
     per_frame = header.get("PerFrameFunctionalGroupsSequence") or []
     if len(per_frame) not in (0, count):
         raise ValueError(f"tells of {len(per_frame)} frames in its functional groups, and holds {count}")
+    if not per_frame and str(header.get("SOPClassUID", "")) in _ENHANCED:
+        raise ValueError("cannot be read: it lacks the functional groups that say where its frames lie")
     shared = next(iter(header.get("SharedFunctionalGroupsSequence") or []), None)
     places = _places(header, count) if not per_frame and count > 1 else None
     found = []

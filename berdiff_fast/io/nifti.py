@@ -32,7 +32,8 @@ _MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 #: Axes this far from right angles (the cosine between them) are read, with a warning; float32 alone makes 1e-6.
 _SHEAR, _NOISE = 1.001e-3, 1e-5
 
-_UNTOLD = b"spacing is not known"
+#: Descriptions that we write: of a grid without a spacing; and of a scan's own, whose oddities were told with the scan.
+_UNTOLD, _REPEATED = b"spacing is not known", b"grid as the scan's header has it"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _read(path: Path, series: str | None) -> Volume:
     if not kind.isnative:
         array = array.astype(kind.newbyteorder("="))
     grid, notes, placed = _geometry(header)
-    for note in notes:
+    for note in notes if _description(header) != _REPEATED else ():
         warn(path, note)
     return Volume(
         _scaled(array, header), grid.spacing, grid.origin, grid.direction, "nifti", path, placed=placed, header=grid
@@ -217,7 +218,7 @@ def _geometry(header: Any) -> tuple[Grid, list[str], bool]:
         spacing, direction, origin = pixdim, _LPS[:3, :3], np.zeros(3)
     mm = spacing * _MM[unit]
     known = bool(forms) or bool(told.all())
-    if known and bytes(header["descrip"]).rstrip(b"\0") == _UNTOLD and not forms:
+    if known and _description(header) == _UNTOLD and not forms:
         known = False
         notes.clear()
     if known and not ((mm > 1e-3) & (mm < 100)).all():
@@ -230,6 +231,10 @@ def _geometry(header: Any) -> tuple[Grid, list[str], bool]:
         _LPS[:3, :3] @ direction + 0.0,
     )
     return grid, notes, bool(forms)
+
+
+def _description(header: Any) -> bytes:
+    return bytes(header["descrip"]).rstrip(b"\0")
 
 
 def _forms(header: Any, notes: list[str]) -> dict[str, np.ndarray]:
@@ -344,6 +349,7 @@ def _new_header(array: np.ndarray, like: Volume) -> Any:
             header[name] = source[name]
         for name in ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"):
             header[name] = source[name]
+        header["descrip"] = _REPEATED
     else:
         header.set_data_shape(array.shape[::-1])
         if like.spacing is not None:

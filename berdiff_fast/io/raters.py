@@ -170,7 +170,7 @@ def _segmented(path: Path, name: str | None, scan: Volume) -> np.ndarray:
     if str(header.get("SegmentationType", "")) == "FRACTIONAL":
         threshold = 0.5 * float(header.get("MaximumFractionalValue", 255))
     mask = np.zeros(scan.array.shape, bool)
-    frames = dicom._frames(header, path, len(stored))
+    frames = dicom.frames_of(header, path, len(stored))
     for pixels, of, (frame, _) in zip(stored, of_frame, frames, strict=True):
         part = pixels == number if labels else pixels >= threshold
         if (labels or of == number) and part.any():
