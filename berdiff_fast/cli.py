@@ -129,7 +129,11 @@ def _add_sample(commands: Any) -> None:
     command.add_argument("--overlap", type=float, default=0.25, help="of tiles (default: %(default)s)")
     command.add_argument("--series", metavar="UID", help="of a DICOM folder that holds several")
     command.add_argument(
-        "--raters", nargs="+", default=[], metavar="FILE", help="masks to compare with, on the same grid"
+        "--raters",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="masks to compare with, on the same grid, DICOM SEG or RTSTRUCT (FILE#NAME: one of several structures)",
     )
     command.add_argument("--report", action="store_true", help="also write report.html, to look at")
     command.add_argument("--winograd", action="store_true", help="faster on a CPU, for a digit less")
@@ -144,13 +148,14 @@ def _add_sample(commands: Any) -> None:
 def _sample(options: argparse.Namespace) -> int:
     from berdiff_fast import results, scans
     from berdiff_fast.imaging import volumes
+    from berdiff_fast.io import raters as raters_io
     from berdiff_fast.model import load
 
     device = _device(options.device)
     volume = volumes.read(options.input, series=options.series)
     if options.series is not None and volume.format != "dicom":
         raise ValueError(f"series: {options.input} is not a DICOM folder")
-    theirs = [volumes.read(path) for path in options.raters]
+    theirs = raters_io.read(options.raters, volume)
     raters = results.check_raters(theirs, volume)
     model = load(options.model).to(device)
     given: dict[str, Any] = dict(
@@ -201,15 +206,14 @@ def _add_report(commands: Any) -> None:
     )
     command.add_argument("folder", help="of results")
     command.add_argument("--input", metavar="FILE", help="the scan, if it is no longer where it was")
-    command.add_argument("--raters", nargs="+", default=[], metavar="FILE", help="masks to compare with, on its grid")
+    command.add_argument("--raters", nargs="+", default=[], metavar="FILE", help="masks to compare with (see sample)")
     command.set_defaults(run=_report)
 
 
 def _report(options: argparse.Namespace) -> int:
     from berdiff_fast import results
-    from berdiff_fast.imaging import volumes
 
-    print(results.report_again(options.folder, options.input, [volumes.read(path) for path in options.raters]))
+    print(results.report_again(options.folder, options.input, options.raters))
     return 0
 
 

@@ -21,6 +21,7 @@ from berdiff_fast.files import write_text
 from berdiff_fast.imaging import volumes
 from berdiff_fast.imaging.summary import disagreement, spread
 from berdiff_fast.imaging.volumes import Volume
+from berdiff_fast.io import raters as raters_io
 from berdiff_fast.scans import SampledVolume, sampled_region
 
 logger = logging.getLogger("berdiff_fast")
@@ -119,18 +120,7 @@ def check_raters(raters: Sequence[Volume], volume: Volume) -> np.ndarray | None:
     """
     found = []
     for rater in raters:
-        if rater.array.shape != volume.array.shape:
-            raise ValueError(
-                f"raters: {rater.path} has the shape {rater.array.shape}, and the scan {volume.array.shape}"
-            )
-        geometry = [np.abs(np.subtract(rater.origin, volume.origin)).max()]
-        geometry.append(np.abs(rater.direction - volume.direction).max())
-        if rater.spacing is not None and volume.spacing is not None:
-            geometry.append(np.abs(np.subtract(rater.spacing, volume.spacing)).max())
-            if max(geometry) > 1e-3:
-                raise ValueError(
-                    f"raters: {rater.path} lies elsewhere than the scan: other origin, spacing or direction"
-                )
+        rater = raters_io.onto(rater, volume)
         values = np.unique(rater.array)
         if len(values) > 2 or (len(values) == 2 and values[0] != 0 and values[1] != 0):
             raise ValueError(f"raters: {rater.path} must hold a mask, of 0 and one other value")
@@ -230,14 +220,16 @@ def _where_sampled(raters: np.ndarray, plan: dict[str, Any]) -> tuple[np.ndarray
 
 
 def report_again(
-    folder: str | os.PathLike[str], scan: str | os.PathLike[str] | None = None, raters: Sequence[Volume] = ()
+    folder: str | os.PathLike[str],
+    scan: str | os.PathLike[str] | None = None,
+    raters: Sequence[Volume | str | os.PathLike[str]] = (),
 ) -> Path:
     """``report.html`` of results that are there.
 
     Args:
         folder: of results.
         scan: where it is, if no longer where the summary says.
-        raters: masks on its grid, to compare with.
+        raters: masks to compare with, or their paths.
 
     Raises:
         FileNotFoundError, ValueError: no results, or another scan than they were made of.
@@ -250,8 +242,9 @@ def report_again(
     if volume.fingerprint() != summary["input_sha256"]:
         raise ValueError(f"{volume.path} is not what the results in {root} were made of: voxels or geometry differ")
     masks = np.stack([volumes.read(root / name).array != 0 for name in summary["masks"]])
-    provenance = {k: v for k, v in summary.items() if k not in _RESULTS} | _files(raters)
-    theirs = check_raters(raters, volume)
+    read = raters_io.read(raters, volume)
+    provenance = {k: v for k, v in summary.items() if k not in _RESULTS} | _files(read)
+    theirs = check_raters(read, volume)
     if theirs is not None:
         theirs, _ = _where_sampled(theirs, summary)
     _report(root / "report.html", volume, masks, theirs, provenance)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from berdiff_fast import checks, rng
 from berdiff_fast.files import write_text
 from berdiff_fast.imaging.volumes import Volume
+from berdiff_fast.io.padding import lowest_tissue
 from berdiff_fast.model import BerDiff
 from berdiff_fast.network.unet import UNet
 from berdiff_fast.sampler import Sampler, sample
@@ -215,7 +216,9 @@ def sample_volume(
     with _bar(progress, last - first, last - first - len(todo)) as advance:
         for start in range(0, len(todo), together):
             chosen = todo[start : start + together]
-            tiles = torch.cat([tiling.cut(volume.array.take(i, axis)) for i in chosen])
+            tiles = torch.cat(
+                [tiling.cut(part, volume.outside(part)) for part in (volume.array.take(i, axis) for i in chosen)]
+            )
             img = model.preprocess(tiles[:, None]).to(device)
             masks = sampler(img, seed=seeds.repeat(len(chosen)))
             assert isinstance(masks, torch.Tensor)
@@ -294,17 +297,32 @@ class _Tiling:
         inside = (round(starts[0]), round(ends[0]), round(starts[1]), round(ends[1]))
         return cls(original, shape, size, tiles, inside)  # type: ignore[arg-type]
 
-    def cut(self, array: np.ndarray) -> torch.Tensor:
-        """The tiles (tiles, h, w) of a slice, filled up with the lowest value where they reach beyond it."""
+    def cut(self, array: np.ndarray, outside: np.ndarray | None = None) -> torch.Tensor:
+        """The tiles (tiles, h, w) of a slice, filled up with the lowest value where they reach beyond it.
+
+        What is ``outside`` the scan (bool, of the array's shape) gets the lowest value of the tile's rest, so that it
+        has no part in the tile's minimum and maximum.
+        """
         x = torch.from_numpy(np.ascontiguousarray(array).astype(np.float32))
+        beyond = None
+        if outside is not None:
+            beyond = torch.from_numpy(np.ascontiguousarray(outside))
+            x[beyond] = lowest_tissue(array, outside)
         if self.shape != self.original:
             smaller = any(a < b for a, b in zip(self.shape, self.original, strict=True))
-            x = F.interpolate(x[None, None], self.shape, mode="bilinear", antialias=smaller)[0, 0]
+            how: dict[str, Any] = dict(size=self.shape, mode="bilinear", antialias=smaller)
+            x = F.interpolate(x[None, None], **how)[0, 0]
+            beyond = None if beyond is None else F.interpolate(beyond[None, None].float(), **how)[0, 0] > 0
         found = []
         for row, column in self.tiles:
             tile = torch.full(self.size, float(x.min()))
             (r, c, h, w) = self._within(row, column)
-            tile[r - row : r - row + h, c - column : c - column + w] = x[r : r + h, c : c + w]
+            part = x[r : r + h, c : c + w].clone()
+            if beyond is not None:
+                out = beyond[r : r + h, c : c + w]
+                if bool(out.any()) and not bool(out.all()):
+                    part[out] = part[~out].min()
+            tile[r - row : r - row + h, c - column : c - column + w] = part
             found.append(tile)
         return torch.stack(found)
 
