@@ -23,8 +23,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from berdiff_fast.data import contained, pixels
+from berdiff_fast import checks
+from berdiff_fast.data import pixels
 from berdiff_fast.files import whole_file
+from berdiff_fast.io import minimal
 
 #: Formats by the ends of file names.
 FORMATS = {
@@ -108,6 +110,8 @@ def read(path: str | os.PathLike[str], *, series: str | None = None) -> Volume:
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     kind = "dicom" if path.is_dir() else _format(path)
+    if kind in ("nifti", "nrrd", "metaimage", "dicom"):
+        checks.utf8(str(path), path)
     try:
         volume = _READERS[kind](path, series)
     except ImportError:
@@ -164,10 +168,9 @@ def _read_numpy(path: Path, series: str | None) -> Volume:
 
 def _read_hdf5(path: Path, series: str | None) -> Volume:
     with h5py.File(path) as file:
-        found = contained.dataset(file, "image")
-        if found is None:
+        if "image" not in file:
             raise ValueError(f"must have a dataset 'image', got {sorted(file)}")
-        array = contained.whole(found)
+        array = file["image"][()]
     return Volume(array[None] if array.ndim == 2 else array, format="hdf5", path=path)
 
 
@@ -471,7 +474,7 @@ def write_segmentation(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values in the source that a standard discourages
         file = seg.Segmentation(
-            source_images=sources,
+            source_images=[minimal.needed(source) for source in sources],
             pixel_array=pixels_,
             segmentation_type="FRACTIONAL" if fractional else "BINARY",
             segment_descriptions=segments,
@@ -485,6 +488,7 @@ def write_segmentation(
             device_serial_number="0",
             content_description=description[:64] or None,
         )
+        minimal.settle(file, sources[0])
         file.SeriesDescription = description[:64]
         with whole_file(path) as new:
             file.save_as(new)
