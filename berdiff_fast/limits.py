@@ -14,8 +14,12 @@ HARMLESS = 2**28
 PACKED = 1100
 
 
+class LimitError(ValueError):
+    """More is asked for than can be meant, or had."""
+
+
 def room(what: str, wanted: int, advice: str = "") -> None:
-    """Raise ValueError if ``what`` would take more bytes than the memory that is free.
+    """Raise LimitError if ``what`` would take more bytes than the memory that is free.
 
     Args:
         what: names the argument or the file.
@@ -27,14 +31,14 @@ def room(what: str, wanted: int, advice: str = "") -> None:
     free = available()
     if wanted > free:
         remedy = f"; {advice}" if advice else ""
-        raise ValueError(f"{what} would take {size(wanted)} of memory, and {size(free)} are free{remedy}")
+        raise LimitError(f"{what} would take {size(wanted)} of memory, and {size(free)} are free{remedy}")
 
 
 def plausible(what: str, declared: int, stored: int, advice: str = "") -> None:
-    """Raise ValueError if ``what`` says that it holds far more bytes than what is stored can be unpacked to."""
+    """Raise LimitError if ``what`` says that it holds far more bytes than what is stored can be unpacked to."""
     if declared > HARMLESS and declared > PACKED * stored:
         remedy = f"; {advice}" if advice else ""
-        raise ValueError(f"{what} declares {size(declared)}, and only {size(stored)} of it are there{remedy}")
+        raise LimitError(f"{what} declares {size(declared)}, and only {size(stored)} of it are there{remedy}")
 
 
 def size(count: int) -> str:

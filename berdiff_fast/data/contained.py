@@ -22,6 +22,10 @@ from berdiff_fast.words import line
 _MOST_LINKS = 16
 
 
+class ElsewhereError(ValueError):
+    """A data set that is not in the file."""
+
+
 @contextmanager
 def reading(path: Path, what: str = "") -> Iterator[None]:
     """Whatever HDF5 raises on a damaged file becomes a ValueError of one line that begins with the path."""
@@ -39,6 +43,8 @@ def reading(path: Path, what: str = "") -> Iterator[None]:
     ) as error:
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
+        if isinstance(error, (ElsewhereError, limits.LimitError)):
+            raise ValueError(f"{path}: {error}") from None
         name = f"{what} " if what else ""
         raise ValueError(f"{path}: {name}cannot be read (damaged?): {line(error)}") from error
 
@@ -54,11 +60,10 @@ def dataset(file: h5py.File, name: str) -> h5py.Dataset | None:
         return None
     settings = found.id.get_create_plist()
     if settings.get_external_count():
-        raise ValueError(
-            f"{name!r} is stored in another file ({settings.get_external(0)[0]!r:.200}), which is not read"
-        )
+        where = settings.get_external(0)[0].decode(errors="replace")
+        raise ElsewhereError(f"{name!r} is stored in another file ({where!r:.200}), which is not read")
     if settings.get_layout() == h5py.h5d.VIRTUAL:
-        raise ValueError(f"{name!r} is put together of other files (a virtual data set), which are not read")
+        raise ElsewhereError(f"{name!r} is put together of other files (a virtual data set), which are not read")
     if found.chunks:  # unpacked whole, whatever is asked of it
         chunk = math.prod(found.chunks) * found.dtype.itemsize
         limits.plausible(f"a chunk of {name!r}", chunk, found.id.get_storage_size())
@@ -89,10 +94,10 @@ def _follow(group: Any, name: str, links: int) -> Any:
         if link is None:
             return None
         if isinstance(link, h5py.ExternalLink):
-            raise ValueError(f"{part!r} is a link into another file ({link.filename!r:.200}), which is not read")
+            raise ElsewhereError(f"{part!r} is a link into another file ({link.filename!r:.200}), which is not read")
         if isinstance(link, h5py.SoftLink):
             if not links:
-                raise ValueError(f"{part!r} is behind more than {_MOST_LINKS} links")
+                raise ElsewhereError(f"{part!r} is behind more than {_MOST_LINKS} links")
             group = _follow(group, link.path, links - 1)
         else:
             group = group.get(part)

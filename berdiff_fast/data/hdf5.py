@@ -84,7 +84,7 @@ class RaterDataset(Dataset):
             raise ValueError(f"{self.path} cannot be read as HDF5 (truncated or damaged?): {error}") from error
 
     def _datasets(self, file: h5py.File) -> tuple[h5py.Dataset, h5py.Dataset]:
-        found = {}
+        found: dict[str, Any] = {}
         for name in ("image", "mask"):
             with contained.reading(self.path, name):
                 found[name] = contained.dataset(file, name)
