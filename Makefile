@@ -9,14 +9,20 @@ BASELINE ?= benchmarks/results/cpu-avx2-2026-11-23.json
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench docs style clean
+.PHONY: demo test test-all bench docs style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/berdiff-fast demo --output demo.png
 
 # A file of tests stays in one process, and each process in one thread: two cores are used well by two of them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+# All but the tests marked `slow`, which test-all runs too.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.test
+	$(PYTEST) $(PYTEST_ARGS)
 
 bench: $(VENV)/.test
 	mkdir -p benchmarks/results

@@ -7,7 +7,9 @@ with FakeTensor and under ``torch.compile(fullgraph=True)``. Those that draw giv
 
 **Rows.** The first dimension of a mask tensor counts masks. Row r of a call is mask number ``first_row + r`` of a batch
 in which every image has ``samples_per_image`` masks, so it belongs to image ``(first_row + r) // samples_per_image``,
-takes that image's seed, and is sample number ``first_sample + (first_row + r) % samples_per_image`` of it. The other
+takes that image's seed, and is sample number ``first_sample + (first_row + r) % samples_per_image`` of it. Where seeds are
+(B, 2), their second column is added to the sample number of each image: device data, so that a captured CUDA graph draws
+any samples, and, with a row of seeds per mask, a call any selection of them. It is not checked: sums wrap at 2^32. The other
 dimensions, (K, *spatial), are flattened; pixel i of them takes word ``i & 3`` of Philox block ``i >> 2``.
 
 **Masks** are bool, uint8 (0/1), float32, float16 or bfloat16 (0.0/1.0; any other value than zero counts as one).
@@ -61,7 +63,7 @@ def initial_noise(
     """Masks of fair coin tosses, y_T ~ B(1/2): where sampling starts.
 
     Args:
-        seeds: (B,) int64, one per image; its device is the output's.
+        seeds: (B,) int64, one per image, or (B, 2): its seed and its first sample; its device is the output's.
         mask_shape: (K, *spatial).
         samples_per_image: n, masks per image.
         rows: how many masks to draw; all that remain of B x n by default.
@@ -85,9 +87,10 @@ def initial_noise(
     if rows is not None:
         _check_ints(rows=rows)
     if rows is None:
-        rows = max(seeds.numel() * samples_per_image - first_row, 0)
-        if first_row > seeds.numel() * samples_per_image:
-            raise ValueError(f"first_row must be at most {seeds.numel() * samples_per_image}, got {first_row}")
+        images = seeds.shape[0] if seeds.ndim else 0
+        rows = max(images * samples_per_image - first_row, 0)
+        if first_row > images * samples_per_image:
+            raise ValueError(f"first_row must be at most {images * samples_per_image}, got {first_row}")
     return _call("initial_noise", seeds, seeds=seeds)(
         seeds, list(mask_shape), rows, samples_per_image, first_row, first_sample, dtype, backend
     )
@@ -110,7 +113,7 @@ def q_sample(
     Args:
         y_0: (N, K, *spatial) clean masks.
         t: (N,) int64, the timestep of each mask.
-        seeds: (B,) int64; one per mask when ``samples_per_image`` is 1. Noise at another t is other noise.
+        seeds: (B,) int64, or (B, 2); one per mask when ``samples_per_image`` is 1. Noise at another t is other noise.
         schedule: gives the probability to flip.
         samples_per_image, first_row, first_sample: see the module's text.
         dtype: of the result; that of ``y_0`` by default.
@@ -165,7 +168,7 @@ def sample_step(
     Args:
         y_t: (N, K, *spatial) masks.
         logits: of the same shape, the network's output z.
-        seeds: (B,) int64, one per image.
+        seeds: (B,) int64, one per image, or (B, 2): its seed and its first sample.
         coefficients: (4,) float32: P, Q, R, S; one row of ``schedule.step_table(...).float()``.
         timestep: t of y_t, the third counter word of the draw.
         samples_per_image: n; N / B by default.
@@ -372,7 +375,7 @@ def group_norm_silu(
 
 
 def _samples_per_image(y_t: torch.Tensor, seeds: torch.Tensor, first_row: int) -> int:
-    rows, images = y_t.size(0) if y_t.ndim else 1, seeds.numel()
+    rows, images = y_t.size(0) if y_t.ndim else 1, seeds.shape[0] if seeds.ndim else 0
     if first_row or not images or rows % images:
         raise ValueError(
             f"samples_per_image must be given when first_row is not 0 or the {rows} masks of y_t do not divide evenly "
@@ -427,9 +430,9 @@ def _check_extent(name: str, tensor: torch.Tensor) -> None:
 
 
 def _check_seeds(seeds: torch.Tensor, rows: int, samples_per_image: int, first_row: int, first_sample: int) -> None:
-    images = seeds.numel()
-    if seeds.dtype is not torch.int64 or seeds.ndim != 1:
-        raise ValueError(f"seeds must be one-dimensional int64, got shape {tuple(seeds.shape)} of {seeds.dtype}")
+    if seeds.dtype is not torch.int64 or not (seeds.ndim == 1 or (seeds.ndim == 2 and seeds.shape[1] == 2)):
+        raise ValueError(f"seeds must be (B,) or (B, 2) int64, got shape {tuple(seeds.shape)} of {seeds.dtype}")
+    images = seeds.shape[0]
     if samples_per_image < 1:
         raise ValueError(f"samples_per_image must be at least 1, got {samples_per_image}")
     if first_row < 0:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from berdiff_fast import checks, ops, rng
+from berdiff_fast import checks, ops, parallel_in_time, rng
 from berdiff_fast.backends import select
 from berdiff_fast.model import BerDiff
 from berdiff_fast.network import graph, inference
@@ -44,6 +44,7 @@ def sample(
     return_probability: bool = False,
     prepare: bool | str = True,
     dtype: torch.dtype | None = None,
+    parallel: int | None = None,
     backend: str = "auto",
     progress: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +72,8 @@ def sample(
             None for a fresh one from torch's default generator, so that ``torch.manual_seed`` governs.
         first_sample: index of the first mask: ``first_sample=16`` draws masks 16 to 16 + n - 1 of the same sequence.
         max_batch: masks per call of the network; by default all B x n on a GPU, and on a CPU as many as 16 masks of
-            128 x 128 have pixels, more being no faster. Where a GPU's memory does not suffice, it is halved.
+            128 x 128 have pixels, more being no faster. Where a GPU's memory does not suffice, it is halved. With
+            ``parallel``, a mask counts at each step that is in the call.
         schedule, prediction: for a model that is not a ``BerDiff``, or to override its own.
         return_probability: also return the probability P(y_0 = 1) of the last step.
         prepare: run a ``UNet`` in its prepared form (``network.inference``), which is faster and equal up to rounding.
@@ -79,6 +81,11 @@ def sample(
             False runs it as it is, as every other network is run. On a GPU, weights written by way of ``.data`` between
             calls go unnoticed: write in place, or pass False.
         dtype: compute a prepared network in this dtype instead of its own: bfloat16 is fast on GPUs, and changes masks.
+        parallel: how many steps of a mask go through the network in one call, guessed ahead and drawn again until they
+            no longer change (``parallel_in_time``). The masks are the same, but for what a network's rounding owes to
+            its batch, in fewer calls of more masks each: for a GPU that a single mask does not fill, and many steps.
+            At every call the host reads how many steps are settled and so waits for the device, and no CUDA graph is
+            made. By default one step after another.
         backend: of the draws: "auto", "reference", "cpp", "cuda" or "triton".
         progress: show a progress bar.
 
@@ -103,6 +110,7 @@ def sample(
         prediction=prediction,
         prepare=prepare,
         dtype=dtype,
+        parallel=parallel,
         backend=backend,
     )
     return sampler(img, seed=seed, first_sample=first_sample, return_probability=return_probability, progress=progress)
@@ -137,6 +145,7 @@ class Sampler:
         prediction: str | None = None,
         prepare: bool | str = True,
         dtype: torch.dtype | None = None,
+        parallel: int | None = None,
         backend: str = "auto",
     ) -> None:
         if not callable(model):
@@ -166,6 +175,7 @@ class Sampler:
         self._table = self.schedule.step_table(taus, method, leave_one_out=leave_one_out).flip(0)
         self.final = final
         self.max_batch = None if max_batch is None else checks.integer("max_batch", max_batch, 1)
+        self.parallel = None if parallel is None else checks.integer("parallel", parallel, 1)
         self.prepare, self.dtype, self.backend = prepare, dtype, backend
         self._on_device: dict[Any, torch.Tensor] = {}
         #: Graphs of a network that is run as it is.
@@ -248,9 +258,12 @@ class _Call:
         # One flag per step, and one for the images. They are raised on the device and read once, when all is queued.
         flags = torch.zeros(len(timesteps) + 1, dtype=torch.int32, device=device)
         parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        first, size = 0, min(self.sampler.max_batch or _max_batch(self.img), self.rows)
+        window = min(self.sampler.parallel or 1, len(timesteps))
+        # Masks a call of the network; each may be there at several steps.
+        first, size = 0, min(self.sampler.max_batch or _max_batch(self.img), self.rows * window)
         while first < self.rows:
-            last = min(first + size, self.rows)
+            last = min(first + max(1, size // window), self.rows)
+            called = min(size, (last - first) * window)
             done = 0
 
             def count(rows: int) -> None:
@@ -259,16 +272,17 @@ class _Call:
                 advance(rows)
 
             try:
-                parts.append(self._run_chunk(network, self._chunk(first, last), flags, return_probability, count))
+                chunk = replace(self._chunk(first, last), window=min(window, size))
+                parts.append(self._run_chunk(network, chunk, flags, return_probability, count))
             except RuntimeError as error:  # torch.OutOfMemoryError is one, and so are the libraries' own
-                if last - first == 1 or not graph.is_out_of_memory(error):
+                if called == 1 or not graph.is_out_of_memory(error):
                     raise
-                size = (last - first + 1) // 2
+                size = (called + 1) // 2
             else:
                 first = last
                 continue
             # Out of the handler, so that nothing of the failed attempt is kept alive. What it drew is drawn again.
-            logger.warning("out of memory with %d masks a call; going on with %d", last - first, size)
+            logger.warning("out of memory with %d masks a call; going on with %d", called, size)
             advance(-done)
             if device.type == "cuda":
                 network.forget_graphs(self)
@@ -301,14 +315,15 @@ class _Call:
         """All steps of a chunk: masks (rows, K, *spatial) and, where asked for, their probability."""
 
         def draw(img: torch.Tensor, seeds: torch.Tensor, raised: torch.Tensor) -> torch.Tensor:
-            return self.draw(network, replace(chunk, img=img, seeds=seeds), raised)[0]
+            # The first sample comes with the seeds.
+            return self.draw(network, replace(chunk, img=img, seeds=seeds, first_sample=0), raised)[0]
 
         captured = None
-        if chunk.img.is_cuda and chunk.of_row is None and not return_probability:
+        if chunk.img.is_cuda and chunk.of_row is None and chunk.window == 1 and not return_probability:
             captured = network.graph(draw, chunk, self)
         if captured is None:
             return self.draw(network, chunk, flags, return_probability, advance)
-        masks, raised = captured.replay(chunk.img, chunk.seeds)
+        masks, raised = captured.replay(chunk.img, chunk.seeds, chunk.first_sample)
         flags.logical_or_(raised)
         advance(chunk.rows * len(self.sampler.timesteps))
         return masks, None
@@ -346,6 +361,8 @@ class _Call:
             backend=sampler.backend,
         )
         y = ops.initial_noise(chunk.seeds, self.mask_shape, rows=chunk.rows, dtype=self.img.dtype, **where)
+        if chunk.window > 1:
+            return self._draw_in_parallel(network, chunk, images, y, where, flags, return_probability, advance)
         for step, timestep in enumerate(sampler.timesteps):
             logits = network(y, step, images)
             if step == 0:
@@ -370,23 +387,56 @@ class _Call:
             advance(chunk.rows)
         return y, probability
 
+    def _draw_in_parallel(
+        self,
+        network: _Network,
+        chunk: _Chunk,
+        images: torch.Tensor,
+        noise: torch.Tensor,
+        where: dict[str, Any],
+        flags: torch.Tensor,
+        return_probability: bool,
+        advance: Callable[[int], None],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The steps of ``draw``, several at a time."""
+        sampler, last = self.sampler, len(self.sampler.timesteps) - 1
+        rule: dict[str, Any] = dict(prediction="y_0", backend=sampler.backend)
+
+        def predict(states: torch.Tensor, steps: slice) -> torch.Tensor:
+            logits = network(states, steps, images)
+            if steps.start == 0:
+                _check_logits(logits, states)
+            # y_0 = y_t xor epsilon; the rule turns the sign back, so that the bits are those of epsilon's logits.
+            return torch.where(states == 0, logits, -logits) if sampler.prediction == "epsilon" else logits
+
+        def draw(y: torch.Tensor, logits: torch.Tensor, step: int, raised: torch.Tensor) -> torch.Tensor:
+            threshold = step == last and sampler.final == "threshold"
+            dtype = torch.bool if step == last else y.dtype
+            options = where | rule | dict(threshold=threshold, dtype=dtype, nan_flag=raised)
+            return ops.sample_step(y, logits, chunk.seeds, self.coefficients[step], sampler.timesteps[step], **options)
+
+        masks, y, logits = parallel_in_time.trajectory(noise, last + 1, chunk.window, predict, draw, flags, advance)
+        probability = ops.posterior(y, logits, self.coefficients[last], **rule) if return_probability else None
+        return masks, probability
+
 
 @dataclass
 class _Chunk:
     """Masks that go through the network together."""
 
     img: torch.Tensor  # (b, C, *spatial)
-    seeds: torch.Tensor  # (b,)
+    seeds: torch.Tensor  # (b,), or (b, 2) with the first sample of each
     rows: int
     n: int  # masks per image
     first_sample: int
     first_row: int = 0  # the first one's number among those of these images
     of_row: torch.Tensor | None = None  # (rows,) which image; None: n of each in turn
+    window: int = 1  # steps of each that go through the network together
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Chunks of images of one shape with the same key are the same work."""
-        return self.rows, self.n, self.first_sample
+        """Chunks of images of one shape with the same key are the same work, on other samples."""
+        return self.rows, self.n
 
 
 # ---------------------------------------------------------------------- the network
@@ -408,8 +458,12 @@ class _Network:
         """It for n masks of each image: a view where there is one."""
         return images.expand(n, *images.shape[1:]) if len(images) == 1 else images.repeat_interleave(n, 0)
 
-    def __call__(self, y: torch.Tensor, step: int, images: torch.Tensor) -> torch.Tensor:
-        return self.model(y, self.t[step].expand(len(y)), images)
+    def __call__(self, y: torch.Tensor, step: int | slice, images: torch.Tensor) -> torch.Tensor:
+        """Logits of masks at a step; or, in one batch, of the same masks at several steps, one after the other."""
+        t = self.t[step]
+        if isinstance(step, slice):
+            images, t = _at_each(step, images), t.repeat_interleave(len(images))
+        return self.model(y, t.expand(len(y)), images)
 
     def graph(self, draw: graph.Draw, chunk: _Chunk, call: _Call) -> graph.Graph | None:
         """The captured form of ``draw``; None where it is run call by call."""
@@ -424,13 +478,13 @@ class _Network:
 
     def forget_graphs(self, call: _Call) -> None:
         """For the memory that they hold."""
-        call.sampler.graphs.clear()
+        graph.drop(call.sampler.graphs)
 
 
 class _Prepared(_Network):
     """A ``UNet`` in its prepared form."""
 
-    def __init__(self, prepared: inference.PreparedUNet) -> None:
+    def __init__(self, prepared: inference.Prepared) -> None:
         self.prepared = prepared
 
     def graph(self, draw: graph.Draw, chunk: _Chunk, call: _Call) -> graph.Graph | None:
@@ -440,7 +494,7 @@ class _Prepared(_Network):
         return graph.captured(prepared.graphs, key, draw, chunk.img, chunk.seeds, prepared.steps + 1, keep, check=False)
 
     def forget_graphs(self, call: _Call) -> None:
-        self.prepared.graphs.clear()
+        graph.drop(self.prepared.graphs)
 
     def images(self, img: torch.Tensor) -> torch.Tensor:
         return self.prepared.encode(img)
@@ -448,8 +502,14 @@ class _Prepared(_Network):
     def repeat(self, images: torch.Tensor, n: int) -> torch.Tensor:
         return images  # they are added to those of n masks each
 
-    def __call__(self, y: torch.Tensor, step: int, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, y: torch.Tensor, step: int | slice, images: torch.Tensor) -> torch.Tensor:
+        if isinstance(step, slice) and len(images) > 1:
+            images = _at_each(step, images)
         return self.prepared(y, step, images)
+
+
+def _at_each(steps: slice, images: torch.Tensor) -> torch.Tensor:
+    return images.repeat(steps.stop - steps.start, *[1] * (images.ndim - 1))
 
 
 # ---------------------------------------------------------------------- arguments

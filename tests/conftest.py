@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,12 @@ if "BERDIFF_FAST_TEST_CPU_MODULE" in os.environ:
     assert spec.loader is not None
     berdiff_fast._cpu = sys.modules["berdiff_fast._cpu"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(berdiff_fast._cpu)
+
+# And tests/test_cuda_emulated.py on the CUDA kernels.
+if "BERDIFF_FAST_TEST_CUDA_MODULE" in os.environ:
+    import emulated_cuda
+
+    emulated_cuda.install(Path(os.environ["BERDIFF_FAST_TEST_CUDA_MODULE"]))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

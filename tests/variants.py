@@ -18,8 +18,13 @@ class Variant:
     backend: str
     device: str = "cpu"
     isa: str | None = None
+    way: str | None = None  # to run a grid of CUDA on the CPU
 
     def use(self) -> AbstractContextManager[None]:
+        if self.way is not None:
+            import emulated_cuda
+
+            return emulated_cuda.run_grids(self.way)
         if self.isa is None:
             return nullcontext()
         from berdiff_fast.backends import cpp
@@ -32,7 +37,7 @@ class Variant:
 
     @property
     def is_emulated(self) -> bool:
-        return self.isa == "avx512" and "BERDIFF_FAST_TEST_CPU_MODULE" in os.environ
+        return self.way is not None or (self.isa == "avx512" and "BERDIFF_FAST_TEST_CPU_MODULE" in os.environ)
 
 
 def _find() -> list[Variant]:
@@ -46,6 +51,10 @@ def _find() -> list[Variant]:
         found.append(Variant("reference on the GPU", "reference", "cuda"))
     elif select.can_run("triton", "cpu"):
         found.append(Variant("triton interpreter", "triton"))
+    if "BERDIFF_FAST_TEST_CUDA_MODULE" in os.environ:
+        from emulated_cuda import WAYS
+
+        found += [Variant(f"cuda {way}", "cuda", way=way) for way in WAYS]
     only = os.environ.get("BERDIFF_FAST_TEST_VARIANTS")
     return [v for v in found if only is None or v.name in only.split(",")]
 

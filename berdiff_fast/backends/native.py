@@ -59,6 +59,7 @@ class NativeBackend:
             out.data_ptr(),
             TYPES[out.dtype],
             p if (p := seeds.data_ptr()) > NOWHERE else no_memory("seeds"),
+            seeds.ndim,  # columns: a seed, or a seed and a first sample
             rows,
             out.numel() // rows,
             samples_per_image,
@@ -87,6 +88,7 @@ class NativeBackend:
             p if (p := t.data_ptr()) > NOWHERE else no_memory("t"),
             p if (p := flip.data_ptr()) > NOWHERE else no_memory("flip"),
             p if (p := seeds.data_ptr()) > NOWHERE else no_memory("seeds"),
+            seeds.ndim,  # columns: a seed, or a seed and a first sample
             rows,
             out.numel() // rows,
             samples_per_image,
@@ -124,6 +126,7 @@ class NativeBackend:
             predicts_y0,
             threshold,
             p if (p := seeds.data_ptr()) > NOWHERE else no_memory("seeds"),
+            seeds.ndim,  # columns: a seed, or a seed and a first sample
             rows,
             out.numel() // rows,
             samples_per_image,

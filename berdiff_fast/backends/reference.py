@@ -40,7 +40,8 @@ def _rows(
     """Seed and sample index of each row."""
     mask = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=seeds.device)
     image = torch.div(mask, samples_per_image, rounding_mode="floor")
-    return seeds[image], first_sample + mask % samples_per_image
+    first = first_sample if seeds.ndim == 1 else first_sample + seeds[image, 1]
+    return seeds.view(seeds.shape[0], -1)[image, 0], first + mask % samples_per_image
 
 
 @torch.no_grad()

@@ -35,11 +35,23 @@ def locate(program, chunks_per_row, BLOCKS: tl.constexpr):
 
 @triton.jit
 def philox_words(
-    seeds, row, blocks, tag, STREAM: tl.constexpr, samples_per_image, first_row, first_sample, BLOCKS: tl.constexpr
+    seeds,
+    row,
+    blocks,
+    tag,
+    STREAM: tl.constexpr,
+    samples_per_image,
+    first_row,
+    first_sample,
+    SEED_COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """Philox4x32-10: the words of the blocks, in pixel order."""
     mask = row + first_row
-    seed = tl.load(seeds + mask // samples_per_image)
+    of_image = seeds + mask // samples_per_image * SEED_COLUMNS
+    seed = tl.load(of_image)
+    if SEED_COLUMNS > 1:
+        first_sample += tl.load(of_image + 1)
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     c0 = blocks.to(tl.uint32)
@@ -108,9 +120,30 @@ def epsilon_logit(z, y, PREDICTS_Y0: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first_row", "first_sample"])
-def noise_kernel(out, pixels, chunks_per_row, seeds, samples_per_image, first_row, first_sample, BLOCKS: tl.constexpr):
+def noise_kernel(
+    out,
+    pixels,
+    chunks_per_row,
+    seeds,
+    samples_per_image,
+    first_row,
+    first_sample,
+    SEED_COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     row, blocks, pixel = locate(tl.program_id(0), chunks_per_row, BLOCKS)
-    words = philox_words(seeds, row, blocks, row * 0, INITIAL_NOISE, samples_per_image, first_row, first_sample, BLOCKS)
+    words = philox_words(
+        seeds,
+        row,
+        blocks,
+        row * 0,
+        INITIAL_NOISE,
+        samples_per_image,
+        first_row,
+        first_sample,
+        SEED_COLUMNS,
+        BLOCKS,
+    )
     y = uniform(words) < 0.5
     tl.store(out + row * pixels + pixel, zero_or_one(y, out.dtype.element_ty), mask=pixel < pixels)
 
@@ -127,6 +160,7 @@ def q_sample_kernel(
     samples_per_image,
     first_row,
     first_sample,
+    SEED_COLUMNS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     row, blocks, pixel = locate(tl.program_id(0), chunks_per_row, BLOCKS)
@@ -139,6 +173,7 @@ def q_sample_kernel(
         samples_per_image,
         first_row,
         first_sample,
+        SEED_COLUMNS,
         BLOCKS,
     )
     live = pixel < pixels
@@ -164,6 +199,7 @@ def step_kernel(
     first_sample,
     PREDICTS_Y0: tl.constexpr,
     THRESHOLD: tl.constexpr,
+    SEED_COLUMNS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     row, blocks, pixel = locate(tl.program_id(0), chunks_per_row, BLOCKS)
@@ -185,6 +221,7 @@ def step_kernel(
             samples_per_image,
             first_row,
             first_sample,
+            SEED_COLUMNS,
             BLOCKS,
         )
         e = exp_negative(z)
@@ -253,8 +290,10 @@ def overlap_kernel(
     tl.atomic_add(out + at, counts.to(tl.int64), mask=live, sem="relaxed")
 
 
-#: Masks and pixels of a program of the overlap kernel, and how often it takes so many pixels.
-OVERLAP_SIZES = {"MASKS": 32, "PIXELS": 128, "STEPS": 32}
+#: Masks and pixels of a program of the overlap kernel, and how often it takes so many pixels. Twice as many at a time
+#: need more registers than there are; so do these where, in masks of odd sizes, every pixel is a load of its own.
+OVERLAP_SIZES = {"MASKS": 32, "PIXELS": 64, "STEPS": 64}
+_ODD_OVERLAP_SIZES = {"MASKS": 32, "PIXELS": 32, "STEPS": 128}
 _INTERPRETED_OVERLAP_SIZES = {"MASKS": 32, "PIXELS": 4096, "STEPS": 1}
 
 
@@ -535,7 +574,17 @@ class TritonBackend:
         self, out: torch.Tensor, seeds: torch.Tensor, samples_per_image: int, first_row: int, first_sample: int
     ) -> None:
         rows = out.shape[0]
-        _launch(noise_kernel, rows, out.numel() // rows, out, seeds, samples_per_image, first_row, first_sample)
+        _launch(
+            noise_kernel,
+            rows,
+            out.numel() // rows,
+            out,
+            seeds,
+            samples_per_image,
+            first_row,
+            first_sample,
+            SEED_COLUMNS=seeds.ndim,
+        )
 
     def q_sample(
         self,
@@ -561,6 +610,7 @@ class TritonBackend:
             samples_per_image,
             first_row,
             first_sample,
+            SEED_COLUMNS=seeds.ndim,
         )
 
     def step(
@@ -595,6 +645,7 @@ class TritonBackend:
             first_sample,
             PREDICTS_Y0=predicts_y0,
             THRESHOLD=threshold,
+            SEED_COLUMNS=seeds.ndim,
         )
 
     def posterior(
@@ -610,7 +661,8 @@ class TritonBackend:
     def overlap(self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         images, a_masks, b_masks = a.shape[0], a.shape[1], b.shape[1]
         pixels = math.prod(a.shape[2:])
-        sizes = OVERLAP_SIZES if out.is_cuda else _INTERPRETED_OVERLAP_SIZES
+        sizes = OVERLAP_SIZES if pixels % 16 == 0 else _ODD_OVERLAP_SIZES
+        sizes = sizes if out.is_cuda else _INTERPRETED_OVERLAP_SIZES
         spans = triton.cdiv(pixels, sizes["PIXELS"] * sizes["STEPS"])
         groups = triton.cdiv(a_masks + b_masks, sizes["MASKS"])
         if spans == 0:

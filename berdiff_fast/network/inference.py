@@ -27,6 +27,7 @@ the largest one, and no further from float64's than they are (tests/test_inferen
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,9 @@ from torch import nn
 
 from berdiff_fast import ops
 from berdiff_fast.backends import select
-from berdiff_fast.network.graph import Graph
+from berdiff_fast.network import fused
+from berdiff_fast.network.fused import FusedUNet
+from berdiff_fast.network.graph import Graph, drop
 from berdiff_fast.network.unet import (
     AttentionBlock,
     Downsample,
@@ -127,12 +130,12 @@ class PreparedUNet:
         x = self._patches(img.to(self.dtype))
         return _CONVOLUTIONS[self.spatial_dims](_channels_last(x), self._img_weight, self._img_bias, padding=1)
 
-    def __call__(self, y_t: torch.Tensor, step: int, features: torch.Tensor) -> torch.Tensor:
+    def __call__(self, y_t: torch.Tensor, step: int | slice, features: torch.Tensor) -> torch.Tensor:
         """Logits (N, K, *spatial) for noisy masks.
 
         Args:
             y_t: (N, K, *spatial) of 0 and 1 in ``dtype``.
-            step: index into ``timesteps``.
+            step: index into ``timesteps``; or a slice of several, for N masks of which each has as many, in turn.
             features: ``encode`` of each mask's image (N, ...), or of B images with N / B masks each, in turn.
         """
         h = _CONVOLUTIONS[self.spatial_dims](_channels_last(self._patches(y_t)), self._mask_weight, padding=1)
@@ -161,8 +164,14 @@ _KNOWN |= {nn.Conv1d, nn.Conv2d, nn.Conv3d}
 #: Prepared forms of a network that are kept, each with a copy of its weights: in float32 and by Winograd, say.
 KEPT = 2
 
-#: They, by timesteps and arithmetic, with the weights that they were made of.
-_prepared: WeakKeyDictionary[UNet, dict[Any, tuple[Any, torch.Tensor, PreparedUNet]]] = WeakKeyDictionary()
+#: For a GPU with tensor cores ``fused.FusedUNet``, else ``PreparedUNet``.
+Prepared = PreparedUNet | FusedUNet
+
+#: Prepared forms, (timesteps, dtype, winograd, fused) -> (weights' addresses and versions, their norms, form).
+_prepared: WeakKeyDictionary[UNet, dict[Any, tuple[Any, torch.Tensor, Prepared]]] = WeakKeyDictionary()
+
+# A form is made by one thread, and is whole before another one sees it.
+_lock = threading.RLock()
 
 
 def why_not(network: Any) -> str | None:
@@ -183,28 +192,40 @@ def why_not(network: Any) -> str | None:
 
 def prepare(
     network: UNet, timesteps: Sequence[float], *, dtype: torch.dtype | None = None, winograd: bool = False
-) -> PreparedUNet:
+) -> Prepared:
     """The prepared form of a network as it is now: a former one, unless timesteps or weights have changed.
 
     Weights are compared by their addresses and versions, and on the CPU also by their norms, since writes by way of
     ``.data`` change no version.
     """
-    parameters = list(network.parameters())
-    versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
-    weights = (versions, parameters[0].dtype, parameters[0].device)
-    # On a GPU reading these would make the host wait.
-    on_cpu = [p.detach() for p in parameters if p.is_cpu]
-    norms = torch.stack(torch._foreach_norm(on_cpu)) if on_cpu else torch.zeros(())
-    forms = _prepared.setdefault(network, {})
-    key = (tuple(timesteps), dtype or parameters[0].dtype, winograd)
-    found = forms.get(key)
-    if found is None or found[0] != weights or not torch.equal(found[1], norms):
-        # Forms of weights that are gone are of no more use.
-        stale = [k for k, form in forms.items() if form[0] != weights or not torch.equal(form[1], norms)]
-        for k in stale or list(forms)[: max(0, len(forms) + 1 - KEPT)]:
-            del forms[k]
-        found = forms[key] = (weights, norms, PreparedUNet(network, timesteps, dtype=dtype, winograd=winograd))
-    return found[2]
+    with _lock:
+        parameters = list(network.parameters())
+        device = parameters[0].device
+        dtype = parameters[0].dtype if dtype is None else dtype
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+        weights = (versions, parameters[0].dtype, device)
+        # On a GPU reading these would make the host wait.
+        on_cpu = [p.detach() for p in parameters if p.is_cpu]
+        norms = torch.stack(torch._foreach_norm(on_cpu)) if on_cpu else torch.zeros(())
+        forms = _prepared.setdefault(network, {})
+        fuse = not winograd and fused.why_not(network, device, dtype) is None
+        key = (tuple(timesteps), dtype, winograd, fuse)
+        found = forms.get(key)
+        if found is None or found[0] != weights or not torch.equal(found[1], norms):
+            # Forms of weights that are gone are of no more use.
+            stale = [k for k, form in forms.items() if form[0] != weights or not torch.equal(form[1], norms)]
+            for k in stale or list(forms)[: max(0, len(forms) + 1 - KEPT)]:
+                drop(forms.pop(k)[2].graphs)
+            form: Prepared
+            if fuse:
+                form = FusedUNet(network, timesteps, dtype=dtype)
+            else:
+                form = PreparedUNet(network, timesteps, dtype=dtype, winograd=winograd)
+            if device.type == "cuda":
+                # Once: another thread may read the weights on another stream.
+                torch.cuda.current_stream(device).synchronize()
+            found = forms[key] = (weights, norms, form)
+        return found[2]
 
 
 # ---------------------------------------------------------------------- layers
@@ -223,7 +244,13 @@ class _Norm:
     silu: bool
     backend: str
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int = 0) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice = 0) -> torch.Tensor:
+        if isinstance(step, slice):
+            if self.weight.ndim == 2:
+                assert other is None  # a block's second norm
+                steps = range(step.start, step.stop)
+                return torch.cat([self(part, None, s) for s, part in zip(steps, x.chunk(len(steps)), strict=True)])
+            step = 0
         return ops.group_norm_silu(
             x,
             self.weight[step] if self.weight.ndim == 2 else self.weight,
@@ -245,9 +272,17 @@ class _Convolution:
     bias: torch.Tensor
     options: dict[str, Any]
 
-    def __call__(self, x: torch.Tensor, step: int = 0) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, step: int | slice = 0) -> torch.Tensor:
         bias = self.bias[step] if self.bias.ndim == 2 else self.bias
-        return self.call(x, self.weight, bias, **self.options)
+        if bias.ndim == 1:
+            return self.call(x, self.weight, bias, **self.options)
+        out = self.unbiased(x)
+        of_steps = bias.view(len(bias), 1, -1, *[1] * (x.ndim - 2))
+        out.unflatten(0, (len(bias), -1)).add_(of_steps)
+        return out
+
+    def unbiased(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(x, self.weight, None, **self.options)
 
     def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The convolution of x, and ``residual`` added."""
@@ -257,6 +292,9 @@ class _Convolution:
 @dataclass
 class _Winograd(_Convolution):
     """A convolution by ``backends.cpp.winograd``."""
+
+    def unbiased(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(x, self.weight, torch.zeros_like(self.bias[0]), **self.options)
 
     def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self.call(x, self.weight, self.bias, residual=residual, **self.options)
@@ -272,7 +310,7 @@ class _Residual:
     conv_2: _Convolution
     skip: torch.Tensor | None  # (inputs, outputs); its bias is in conv_2's
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice) -> torch.Tensor:
         h = self.norm_2(self.conv_1(self.norm_1(x, other), step), None, step)
         if self.skip is None:
             both = x if other is None else _channels_last(torch.cat([x, other], dim=1))
@@ -295,7 +333,7 @@ class _Attention:
     out: tuple[torch.Tensor, torch.Tensor]
     heads: int
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice) -> torch.Tensor:
         n, channels = x.shape[:2]
         qkv = F.linear(_tokens(self.norm(x, None)).view(n, -1, channels), *self.qkv)
         # Channels are ordered head first, then q, k, v.
@@ -311,7 +349,7 @@ class _Resize:
 
     call: Callable[[torch.Tensor], torch.Tensor]
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice) -> torch.Tensor:
         return self.call(x)
 
 
@@ -321,7 +359,7 @@ class _Sequence:
 
     layers: list[Any]
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice) -> torch.Tensor:
         for layer in self.layers:
             x, other = layer(x, other, step), None
         return x

@@ -35,4 +35,16 @@ PYBIND11_MODULE(_cuda, m) {
         return pybind11::make_tuple(out[0], out[1], out[2], out[3]);
     });
     m.attr("architectures") = BERDIFF_CUDA_ARCHITECTURES;
+#if defined(BERDIFF_EMULATE_CUDA)
+    m.attr("emulated") = true;
+    m.def(
+        "emulate",
+        [](bool reversed, std::int64_t most_blocks, int reciprocal_error) {
+            emulated::settings = {reversed, most_blocks, reciprocal_error};
+        },
+        pybind11::kw_only(), pybind11::arg("reversed") = false, pybind11::arg("most_blocks") = 0x7fffffff,
+        pybind11::arg("reciprocal_error") = 0);
+#else
+    m.attr("emulated") = false;
+#endif
 }

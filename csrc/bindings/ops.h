@@ -19,22 +19,22 @@ void define_ops(pybind11::module_& m) {
     namespace py = pybind11;
 
     m.def("noise",
-          [](Pointer out, int out_type, Pointer seeds, std::int64_t rows, std::int64_t pixels,
+          [](Pointer out, int out_type, Pointer seeds, std::int64_t seed_columns, std::int64_t rows, std::int64_t pixels,
              std::int64_t samples_per_image, std::int64_t first_row, std::int64_t first_sample, std::int64_t context) {
               NoiseArguments a = {};
               a.rows = {rows,      pixels,       samples_per_image,
-                        first_row, first_sample, reinterpret_cast<const std::int64_t*>(seeds)};
+                        first_row, first_sample, reinterpret_cast<const std::int64_t*>(seeds), seed_columns};
               a.out = {reinterpret_cast<void*>(out), static_cast<Type>(out_type)};
               py::gil_scoped_release release;
               Backend::noise(a, context);
           });
 
-    m.def("q_sample", [](Pointer out, int out_type, Pointer y_0, int y_type, Pointer t, Pointer flip, Pointer seeds,
+    m.def("q_sample", [](Pointer out, int out_type, Pointer y_0, int y_type, Pointer t, Pointer flip, Pointer seeds, std::int64_t seed_columns,
                          std::int64_t rows, std::int64_t pixels, std::int64_t samples_per_image, std::int64_t first_row,
                          std::int64_t first_sample, std::int64_t context) {
         QSampleArguments a = {};
         a.rows = {rows,      pixels,       samples_per_image,
-                  first_row, first_sample, reinterpret_cast<const std::int64_t*>(seeds)};
+                  first_row, first_sample, reinterpret_cast<const std::int64_t*>(seeds), seed_columns};
         a.y_0 = {reinterpret_cast<const void*>(y_0), static_cast<Type>(y_type)};
         a.t = reinterpret_cast<const std::int64_t*>(t);
         a.flip = reinterpret_cast<const float*>(flip);
@@ -45,11 +45,11 @@ void define_ops(pybind11::module_& m) {
 
     m.def("step", [](Pointer out, int out_type, Pointer y_t, int y_type, Pointer logits, int logits_type,
                      Pointer coefficients, Pointer nan_flag, std::uint32_t timestep, bool predicts_y0, bool threshold,
-                     Pointer seeds, std::int64_t rows, std::int64_t pixels, std::int64_t samples_per_image,
+                     Pointer seeds, std::int64_t seed_columns, std::int64_t rows, std::int64_t pixels, std::int64_t samples_per_image,
                      std::int64_t first_row, std::int64_t first_sample, std::int64_t context) {
         StepArguments a = {};
         a.rows = {rows,      pixels,       samples_per_image,
-                  first_row, first_sample, reinterpret_cast<const std::int64_t*>(seeds)};
+                  first_row, first_sample, reinterpret_cast<const std::int64_t*>(seeds), seed_columns};
         a.y_t = {reinterpret_cast<const void*>(y_t), static_cast<Type>(y_type)};
         a.logits = reinterpret_cast<const void*>(logits);
         a.logits_type = static_cast<Type>(logits_type);

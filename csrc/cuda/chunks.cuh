@@ -142,16 +142,26 @@ inline void check(cudaError_t status, const char* what) {
     if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
+// Every launch of the module: a grid of `blocks`, or as many as there can be, since kernels walk in its strides;
+// nothing where there are none. A call and not <<<>>>, so that a C++ compiler takes it too (csrc/emulated_cuda).
+template <class Arguments>
+void launch_blocks(void (*kernel)(Arguments), const Arguments& a, std::int64_t blocks, int threads, void* stream,
+                   const char* what) {
+    if (blocks == 0) return;
+    const std::int64_t most = 0x7fffffff;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks < most ? blocks : most));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = static_cast<cudaStream_t>(stream);
+    check(cudaLaunchKernelEx(&config, kernel, a), what);
+}
+
+// A thread for every chunk.
 template <class Arguments>
 void launch(void (*kernel)(Arguments), const Arguments& a, std::int64_t rows, std::int64_t pixels, void* stream,
             const char* what) {
     const std::int64_t chunks = rows * chunks_per_row(pixels);
-    if (chunks == 0) return;
-    const std::int64_t blocks = (chunks + threads_per_block - 1) / threads_per_block;
-    const std::int64_t most = 0x7fffffff;
-    kernel<<<static_cast<unsigned>(blocks < most ? blocks : most), threads_per_block, 0,
-             static_cast<cudaStream_t>(stream)>>>(a);
-    check(cudaGetLastError(), what);
+    launch_blocks(kernel, a, (chunks + threads_per_block - 1) / threads_per_block, threads_per_block, stream, what);
 }
 
 }  // namespace berdiff::cuda

@@ -106,12 +106,8 @@ __global__ void loss_value_kernel(LossArguments a) {
 void loss(const LossArguments& a, void* stream) {
     const std::int64_t tiles = a.rows * a.tiles_per_row();
     if (tiles == 0) return;
-    const std::int64_t most = 0x7fffffff;
-    const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    loss_kernel<<<static_cast<unsigned>(tiles < most ? tiles : most), threads_per_block, 0, cuda_stream>>>(a);
-    check(cudaGetLastError(), "CUDA kernel diffusion_loss");
-    loss_value_kernel<<<static_cast<unsigned>(a.rows < most ? a.rows : most), warp, 0, cuda_stream>>>(a);
-    check(cudaGetLastError(), "CUDA kernel diffusion_loss, second stage");
+    launch_blocks(loss_kernel, a, tiles, threads_per_block, stream, "CUDA kernel diffusion_loss");
+    launch_blocks(loss_value_kernel, a, a.rows, warp, stream, "CUDA kernel diffusion_loss, second stage");
 }
 
 }  // namespace berdiff::cuda

@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(threads_per_block) overlap_kernel(OverlapArgum
         __syncthreads();
 
         // A thread has one column and every eighth row.
-        const std::uint32_t* const mine = (same ? row_bits : column_bits)[threadIdx.x % 32];
+        const PackedGroup& columns = same ? row_bits : column_bits;
+        const std::uint32_t* const mine = columns[threadIdx.x % 32];
         const int warp = threadIdx.x / 32;
         int shared[masks_per_group / warps] = {};
         for (int word = 0; word < words_per_span; ++word) {
@@ -89,12 +90,8 @@ __global__ void __launch_bounds__(threads_per_block) overlap_kernel(OverlapArgum
 }  // namespace
 
 void overlap(const OverlapArguments& a, void* stream) {
-    const std::int64_t blocks = a.images * spans(a) * pairs_of_groups(a);
-    if (blocks == 0) return;
-    const std::int64_t most = 0x7fffffff;
-    overlap_kernel<<<static_cast<unsigned>(blocks < most ? blocks : most), threads_per_block, 0,
-                     static_cast<cudaStream_t>(stream)>>>(a);
-    check(cudaGetLastError(), "CUDA kernel overlap");
+    launch_blocks(overlap_kernel, a, a.images * spans(a) * pairs_of_groups(a), threads_per_block, stream,
+                  "CUDA kernel overlap");
 }
 
 }  // namespace berdiff::cuda

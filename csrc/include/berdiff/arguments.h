@@ -15,17 +15,20 @@ namespace berdiff {
 enum class Type : int { u8 = 0, f16 = 1, bf16 = 2, f32 = 3 };
 
 // The rows of a call are masks, one after another. Row r is mask number first_row + r of a batch in which each
-// image has samples_per_image masks; sample indices start at first_sample.
+// image has samples_per_image masks; sample indices start at first_sample, plus an image's own first one where it has one.
 struct Rows {
     std::int64_t rows, pixels;
     std::int64_t samples_per_image, first_row, first_sample;
-    const std::int64_t* seeds;  // one per image
+    const std::int64_t* seeds;  // seed_columns per image: its seed and, in the second, its first sample
+    std::int64_t seed_columns;
 
     BERDIFF_FN PhiloxRow philox(std::int64_t row, std::uint32_t tag, std::uint32_t stream) const {
         const std::int64_t mask = first_row + row;
-        const std::uint64_t seed = static_cast<std::uint64_t>(seeds[mask / samples_per_image]);
+        const std::int64_t* of_image = seeds + mask / samples_per_image * seed_columns;
+        const std::uint64_t seed = static_cast<std::uint64_t>(of_image[0]);
+        const std::int64_t first = first_sample + (seed_columns > 1 ? of_image[1] : 0);
         return {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32),
-                static_cast<std::uint32_t>(first_sample + mask % samples_per_image), tag, stream};
+                static_cast<std::uint32_t>(first + mask % samples_per_image), tag, stream};
     }
 };
 

@@ -8,6 +8,10 @@
 
 #include "berdiff/portability.h"
 
+#if defined(BERDIFF_EMULATE_CUDA)
+#include <cuda_fp16.h>  // of csrc/emulated_cuda: the GPU's branch below, for tests on a CPU
+#endif
+
 namespace berdiff {
 
 struct ScalarLanes {
@@ -19,18 +23,22 @@ struct ScalarLanes {
     static BERDIFF_FN U u(std::uint32_t x) { return x; }
 
     // Correctly rounded and never contracted: the intrinsics forbid it on a GPU, -ffp-contract=off on a CPU.
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) || defined(BERDIFF_EMULATE_CUDA)
     static BERDIFF_FN F add(F a, F b) { return __fadd_rn(a, b); }
     static BERDIFF_FN F sub(F a, F b) { return __fsub_rn(a, b); }
     static BERDIFF_FN F mul(F a, F b) { return __fmul_rn(a, b); }
     static BERDIFF_FN F div(F a, F b) { return __fdiv_rn(a, b); }
     // For what the contract does not cover: fused, and within a unit in the last place of 1 / x.
     static BERDIFF_FN F madd(F a, F b, F c) { return __fmaf_rn(a, b, c); }
+#if defined(BERDIFF_EMULATE_CUDA)
+    static BERDIFF_FN F reciprocal(F x) { return emulated::reciprocal(x); }
+#else
     static BERDIFF_FN F reciprocal(F x) {
         F out;
         asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
         return out;
     }
+#endif
     static BERDIFF_FN F select(U mask, F yes, F no) { return mask ? yes : no; }
     static BERDIFF_FN U bits(F x) { return __float_as_uint(x); }
     static BERDIFF_FN F from_bits(U x) { return __uint_as_float(x); }
