@@ -14,6 +14,7 @@ import numpy as np
 import berdiff_fast
 from berdiff_fast._optional import require
 from berdiff_fast.files import whole_file
+from berdiff_fast.io import minimal
 from berdiff_fast.io.volume import Volume
 
 
@@ -74,7 +75,7 @@ def write_segmentation(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values in the source that a standard discourages
         file = seg.Segmentation(
-            source_images=sources,
+            source_images=[minimal.needed(source) for source in sources],
             pixel_array=pixels_,
             segmentation_type="FRACTIONAL" if fractional else "BINARY",
             segment_descriptions=segments,
@@ -88,6 +89,7 @@ def write_segmentation(
             device_serial_number="0",
             content_description=description[:64] or None,
         )
+        minimal.settle(file, sources[0])
         file.SeriesDescription = description[:64]
         with whole_file(path) as new:
             file.save_as(new)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from berdiff_fast import checks
+from berdiff_fast import checks, words
 from berdiff_fast.data.examples import Augmentation
 from berdiff_fast.model import BerDiff, Preprocessing
 from berdiff_fast.network.unet import UNet
@@ -229,7 +229,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: neither a file nor a bundled name.
-        ValueError: not a YAML mapping.
+        ValueError: not a YAML mapping, or one that says more than a config can.
     """
     import yaml
 
@@ -240,15 +240,35 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
                 f"config: no file {str(path)!r}, and no bundled config of that name (there are {bundled_configs()})"
             )
         file = _BUNDLED / f"{path}.yaml"
+    if file.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{file} must have at most {_MOST_BYTES} bytes, got {file.stat().st_size}")
     try:
-        values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        said = _count(values, {})
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{file} is not YAML: {words.line(error)}") from error
+    if said > _MOST_VALUES:
+        raise ValueError(f"{file} must say at most {_MOST_VALUES} values, got {said:.3g} (aliases of aliases?)")
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold keys and values, got a {type(values).__name__}")
     return values
+
+
+#: Of a YAML file, and of what it says once each alias is written out: far more than a config has.
+_MOST_BYTES, _MOST_VALUES = 2**20, 10_000
+
+
+def _count(value: Any, known: dict[int, float]) -> float:
+    """How many values are in one, each alias counted as often as it stands there; without end if it holds itself."""
+    if not isinstance(value, (list, tuple, set, dict)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf  # until it is counted
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
+    return known[id(value)]
 
 
 def bundled_configs() -> list[str]:
@@ -288,9 +308,9 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
             try:
                 value = float(value)
             except ValueError:
-                raise TypeError(f"{name} must be a number, got {value!r}") from None
+                raise TypeError(f"{name} must be a number, got {value!r:.200}") from None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+            raise TypeError(f"{name} must be a number, got {value!r:.200}")
         return float(value)
     if kind is int:
         return checks.integer(name, value)
@@ -299,5 +319,5 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
             raise TypeError(f"{name} must be {'true or false' if kind is bool else 'a string'}, got {value!r}")
         return value
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"{name} must be a list, got {value!r}")
+        raise TypeError(f"{name} must be a list, got {value!r:.200}")
     return [_coerce(name, v, kind.__args__[0]) for v in value]
