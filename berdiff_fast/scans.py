@@ -269,9 +269,7 @@ class _Tiling:
             of_slice = np.delete(np.array(volume.spacing)[::-1], axis)
             scale = [float(s / t) for s, t in zip(of_slice, model.preprocessing.pixel_spacing, strict=True)]
         shape = tuple(max(1, round(size * s)) for size, s in zip(original, scale, strict=True))
-        factor = 1  # that the network wants sizes to be multiples of
-        if isinstance(model.network, UNet):
-            factor = model.network.downsampling
+        factor = model.size_multiple
         region = (0, original[0], 0, original[1])
         if roi is not None:
             if len(roi) != 4:
@@ -408,7 +406,7 @@ def fingerprint(model: BerDiff) -> str:
         "preprocessing": repr(model.preprocessing),
     }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
-    for name, tensor in model.network.state_dict().items():
+    for name, tensor in model.weights().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

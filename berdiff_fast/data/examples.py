@@ -8,6 +8,7 @@ one process would.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch.utils.data import Dataset
 
 from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.model import Preprocessing
+from berdiff_fast.network.prior import size_class
+from berdiff_fast.network.window import middle
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -82,6 +85,9 @@ class TrainingExamples(Dataset):
         augmentation: random changes.
         crop: show only the middle square of this many pixels; 0: all of the image.
         crop_before: the first position that shows all of the image again; none: there is no such position.
+        mode_edges: of the size classes of a mode prior. An example then has ``mode``, the class of y_0, which is one of
+            a rater who marked something (if any did), and ``mode_target``, the share of all raters in each class.
+        mode_window: classes are counted in the middle square of this many pixels; 0: everywhere.
     """
 
     def __init__(
@@ -93,6 +99,8 @@ class TrainingExamples(Dataset):
         augmentation: Augmentation | None = None,
         crop: int = 0,
         crop_before: int | None = None,
+        mode_edges: Sequence[int] | None = None,
+        mode_window: int = 0,
     ) -> None:
         self.slices = slices
         self.preprocessing = preprocessing
@@ -101,6 +109,7 @@ class TrainingExamples(Dataset):
         self.augmentation = Augmentation() if augmentation is None else augmentation
         self.crop = crop
         self.crop_before = crop_before
+        self.mode_edges, self.mode_window = mode_edges, mode_window
         self._phase = float(np.random.default_rng([seed, 2]).random())
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
@@ -112,13 +121,40 @@ class TrainingExamples(Dataset):
         return int(self._order[1][place])
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        """img (C, H, W) float32, y_0 (K, H, W) float32 of 0 and 1, t and noise_seed, int64 scalars."""
+        """img (C, H, W) float32, y_0 (K, H, W) float32 of 0 and 1, t and noise_seed, int64 scalars.
+
+        With ``mode_edges`` also mode, an int64 scalar, and mode_target (classes,) float32.
+        """
         random = np.random.default_rng([self.seed, 1, position])
+        if self.mode_edges is not None:
+            return self._with_mode(position, self.mode_edges, random)
         rater = int(random.integers(self.slices.raters))
         image, mask = self.slices.one_rater(self.slice_index(position), rater)
         t = int(self.timesteps * ((self._phase + position * _GOLDEN) % 1.0))
         noise_seed = int(random.integers(2**63))
         img, y_0 = self.augmentation(self.preprocessing(image[None])[0], mask.float(), random)
+        return self._example(position, img, y_0, t, noise_seed)
+
+    def _with_mode(self, position: int, edges: Sequence[int], random: np.random.Generator) -> dict[str, torch.Tensor]:
+        """An example for a mode prior: all raters are augmented alike, and the classes are those of what is seen."""
+        image, masks = self.slices[self.slice_index(position)]
+        marked = self._counted(masks).flatten(1).any(1).nonzero()[:, 0].tolist() or list(range(len(masks)))
+        rater = marked[int(random.integers(len(marked)))]
+        t = int(self.timesteps * ((self._phase + position * _GOLDEN) % 1.0))
+        noise_seed = int(random.integers(2**63))
+        img, flat = self.augmentation(self.preprocessing(image[None])[0], masks.flatten(0, 1).float(), random)
+        example = self._example(position, img, flat, t, noise_seed)
+        y_0 = example["y_0"].unflatten(0, masks.shape[:2])
+        classes = size_class(self._counted(y_0), edges)
+        target = F.one_hot(classes, len(edges) + 2).float().mean(0)
+        return {**example, "y_0": y_0[rater].contiguous(), "mode": classes[rater], "mode_target": target}
+
+    def _counted(self, masks: torch.Tensor) -> torch.Tensor:
+        return middle(masks, self.mode_window) if self.mode_window else masks
+
+    def _example(
+        self, position: int, img: torch.Tensor, y_0: torch.Tensor, t: int, noise_seed: int
+    ) -> dict[str, torch.Tensor]:
         if self.crop and (self.crop_before is None or position < self.crop_before):
             y, x = ((size - self.crop) // 2 for size in img.shape[-2:])
             img, y_0 = (a[..., y : y + self.crop, x : x + self.crop] for a in (img, y_0))
