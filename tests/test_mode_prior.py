@@ -14,6 +14,7 @@ from torch import nn
 
 import berdiff_fast as bf
 from berdiff_fast import BerDiff, UNet, image_seeds, mode_draws, rng
+from berdiff_fast.imaging import write_report
 from berdiff_fast.network.prior import ModePrior, class_bounds, size_class
 
 SEED, EDGES = 2023, (4, 20, 60)
@@ -363,6 +364,32 @@ def test_half_precision_draws_the_same_classes(img):
     _, classes = draw(model, img, return_modes=True)
     _, half = draw(model, img, dtype=torch.bfloat16, return_modes=True)
     assert torch.equal(half, classes), "the prior computes in its own dtype"
+
+
+# ---------------------------------------------------------------------- in words
+
+
+def test_summaries_and_reports_state_the_probability(tmp_path, model, img):
+    masks, p = draw(model, img), model.prior(img)
+    found = bf.summarize(masks)
+    assert found.existence.dtype == torch.float64 and found.existence.shape == (3,)
+    assert torch.equal(found.existence, masks.flatten(2).any(2).double().mean(1))
+    exact = bf.summarize(masks, prior=p)
+    assert torch.equal(exact.existence, 1 - p[:, 0].double())
+    assert str(exact).splitlines()[1] == f"probability that a reader marks something: {1 - float(p[1, 0]):.2f}"
+    alone = bf.summarize(masks[0, :, 0], prior=p[0])
+    assert alone.existence.shape == () and "something" in str(alone)
+    for wrong in (p[:2], 2 * p, p[:, None]):
+        with pytest.raises(ValueError, match="prior must be probabilities of shape"):
+            bf.summarize(masks, prior=wrong)
+    write_report(tmp_path / "share.html", img[0, 0], masks[0, :, 0])
+    share = float(found.existence[0])
+    assert f"probability that a reader marks something: {share:.2f}<" in (tmp_path / "share.html").read_text()
+    write_report(tmp_path / "prior.html", img[0, 0], masks[0, :, 0], existence=0.561)
+    assert "probability that a reader marks something: 0.56<" in (tmp_path / "prior.html").read_text()
+    for value in (1.5, True, float("nan")):
+        with pytest.raises(ValueError, match="existence must be a probability"):
+            write_report(tmp_path / "no.html", img[0, 0], masks[0, :, 0], existence=value)
 
 
 # ---------------------------------------------------------------------- errors

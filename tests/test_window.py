@@ -156,3 +156,34 @@ def test_windows_that_make_no_sense(options, words):
 def test_volumes_have_no_window():
     with pytest.raises(ValueError, match="are for images, got spatial_dims = 3"):
         BerDiff(UNet(model_channels=32, channel_mult=(1,), num_res_blocks=1, dims=3), output_crop=16)
+
+
+# ---------------------------------------------------------------------- scans
+
+
+@pytest.mark.parametrize("shape", [(20, 16), (37, 41), (7, 5)])
+@pytest.mark.parametrize("size", [None, (16, 16), (15, 18)])
+def test_windows_cover_a_slice(shape, size):
+    """Of a model that marks all it can: each voxel is marked once by the tile whose window has it."""
+
+    class Everything(torch.nn.Module):
+        mask_channels, spatial_dims = 1, 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.full((), 60.0))
+
+        def forward(self, y_t, t, img):
+            return self.weight.expand_as(y_t)
+
+    size = size if size is None or min(shape) > 8 else (16, 16)
+    preprocessing = bf.Preprocessing(size=size)
+    model = BerDiff(Everything(), prediction="y_0", output_crop=8, preprocessing=preprocessing)
+    found = bf.sample_volume(model, toy_image(2, *shape).numpy(), 2, 2)
+    assert found.masks.all()
+    found = bf.sample_volume(model, toy_image(2, *shape).numpy(), 2, 2, overlap=0.0, roi=(1, 5, 2, 5))
+    assert found.masks.sum() == 2 * 2 * 4 * 3
+    if size is not None:
+        found = bf.sample_volume(model, toy_image(2, *shape).numpy(), 2, 2, center=(3, 3))
+        rows, columns = min(shape[0], 7), min(shape[1], 7)
+        assert found.masks.sum() <= 2 * 2 * rows * columns + 2 * 2 * (rows + columns + 1)
