@@ -151,7 +151,7 @@ class Told:
         #: The rows that the network is asked about, those of a class together; None: all of them, as they are. A GPU's
         #: host does not know which are empty.
         self.rows: torch.Tensor | None = None
-        if not modes.is_cuda:
+        if modes.is_cpu:
             self.rows = modes.argsort(stable=True)[int((modes == 0).sum()) :]
 
     def images(self, img: torch.Tensor) -> torch.Tensor:
@@ -184,7 +184,7 @@ class Told:
         shape = (-1, *[1] * (masks.ndim - 1))
         masks = masks & (self.modes > 0).view(shape)
         wrong = (size_class(masks, edges, dims) != self.modes) & (self.modes > 0)
-        if masks.is_cuda:
+        if self.rows is None:  # and which masks those are
             mended = _likeliest(masks, y, logits, self.modes, edges, prediction)
             return torch.where(wrong.view(shape), mended, masks)
         if bool(wrong.any()):

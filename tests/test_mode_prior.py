@@ -284,6 +284,23 @@ def test_a_mask_outside_its_class_becomes_the_likeliest_within(prediction, chann
     assert torch.equal(found, every[score.argmax(1)].bool())
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_where_the_host_does_not_know_the_classes_masks_are_the_same(model, img, prediction, monkeypatch):
+    """As on a GPU: the network is asked about all masks, and those that are empty are emptied after."""
+    expected = draw(model, img, prediction=prediction, return_probability=True)
+    model.network.rows.clear()
+    made = mode_draws.Told.__init__
+
+    def blind(self, *arguments):
+        made(self, *arguments)
+        self.rows = None
+
+    monkeypatch.setattr(mode_draws.Told, "__init__", blind)
+    found = draw(model, img, prediction=prediction, return_probability=True)
+    assert model.network.rows == [48] * 5
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_mask_of_its_class_is_left_alone():
     """Also where the last step was drawn, so that it is not the likeliest."""
     masks = (toy_image(40, 1, 6, 6) > 0.5).clone()
