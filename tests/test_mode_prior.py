@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from itertools import product
 
@@ -493,3 +494,36 @@ def test_images_the_prior_cannot_see(img):
         seeing(torch.zeros(1, 2, 16, 16))
     with pytest.raises(TypeError, match="img must be floating point"):
         BerDiff(TellingToy(), mode_prior=prior()).prior(torch.zeros(1, 1, 12, 10, dtype=torch.uint8))
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_the_command_draws_what_is_asked_for(tmp_path, capsys):
+    from berdiff_fast import cli
+
+    network = trained(unet(num_classes=CLASSES, img_channels=2))
+    options = dict(preprocessing=bf.Preprocessing(), output_crop=16, distance=True, mode_prior=prior(scale=0.0))
+    BerDiff(network, "cosine2", "y_0", **options).save(tmp_path / "m.safetensors")
+    np.save(tmp_path / "scan.npy", toy_image(1, 20, 24)[0].numpy())
+
+    def masks(name: str, *words: str) -> list[int]:
+        where = [
+            str(tmp_path / "scan.npy"),
+            "--model",
+            str(tmp_path / "m.safetensors"),
+            "--output",
+            str(tmp_path / name),
+        ]
+        assert (
+            cli.main(["sample", *where, "--n", "12", "--steps", "3", "--roi", "2", "18", "4", "20", "--json", *words])
+            == 0
+        )
+        return json.loads(capsys.readouterr().out)["sizes"]["voxels"]
+
+    assert sum(size == 0 for size in masks("all")) in (2, 3), "classes are equally likely"
+    assert all(masks("some", "--modes", "non-empty"))
+    assert all(EDGES[0] <= size < EDGES[1] for size in masks("two", "--modes", "2"))
+    assert cli.main(["sample", str(tmp_path / "scan.npy"), "--model", str(tmp_path / "m.safetensors"), "--output",
+                     str(tmp_path / "no"), "--modes", "9"]) != 0  # fmt: skip
+    assert "modes must be one or more classes from 0 to 4" in capsys.readouterr().err
