@@ -7,6 +7,7 @@ weights as one that was not, and processes that share a batch do what one proces
 
 from __future__ import annotations
 
+import copy
 import logging
 import signal
 import threading
@@ -19,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, gather_object
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import BatchSampler, DataLoader
 
@@ -88,9 +90,10 @@ def train(config: TrainConfig) -> Path:
         foreach=accelerator.device.type != "cuda",
     )
     ema = AveragedModel(model.network, multi_avg_fn=_warmed_up_ema(config.ema_decay))
-    priors = None
+    priors: tuple[nn.Module, ...] = ()  # as it is trained, averaged, and at its best validation
     if prior is not None:
-        priors = prior, AveragedModel(prior, multi_avg_fn=_warmed_up_ema(config.prior_ema_decay))
+        prior_ema = AveragedModel(prior, multi_avg_fn=_warmed_up_ema(config.prior_ema_decay))
+        priors = prior, prior_ema, copy.deepcopy(prior)
 
     output = Path(config.output)
     folder = output / "checkpoints"
@@ -138,7 +141,7 @@ def train(config: TrainConfig) -> Path:
         accelerator.wait_for_everyone()
         return path
 
-    averaged = model.with_weights(ema.module, None if priors is None else priors[1].module)  # type: ignore[arg-type]
+    averaged = model.with_weights(ema.module, prior_ema.module if priors else None)  # type: ignore[arg-type]
     batches: Iterator[dict[str, torch.Tensor]] = iter(loader)
     with Records(output, config, first, enabled=accelerator.is_main_process) as records, _stop_signal() as stop:
         for step in range(first, config.steps):
@@ -187,8 +190,8 @@ def train(config: TrainConfig) -> Path:
                     optimizer.zero_grad()
                     loss = loss + both.detach() / config.accumulation
             ema.update_parameters(model.network)
-            if priors is not None and step < config.prior_last:
-                priors[1].update_parameters(priors[0])
+            if priors and step < config.prior_last:
+                prior_ema.update_parameters(priors[0])
             done = step + 1
             records.step(done, loss, norm, config.learning_rate_at(step), accelerator)
 
@@ -197,6 +200,9 @@ def train(config: TrainConfig) -> Path:
                 if numbers and numbers["ged"] < extra.get("best_ged", float("inf")):
                     extra |= {"best_ged": numbers["ged"], "best_step": done}
                     averaged.save(output / "best.safetensors")
+                if priors and numbers and numbers["prior_cross_entropy"] < extra.get("best_prior", float("inf")):
+                    extra |= {"best_prior": numbers["prior_cross_entropy"], "best_prior_step": done}
+                    priors[2].load_state_dict(prior_ema.module.state_dict())
             stopped = _agreed(stop, accelerator, done)
             if stopped or done % config.checkpoint_every == 0 or done == config.steps:
                 path = save(done)
@@ -204,6 +210,8 @@ def train(config: TrainConfig) -> Path:
                 records.say(f"stopped after step {done} of {config.steps}; the same command goes on from there")
                 return path or folder
         if accelerator.is_main_process:
+            if config.prior_keep_best and "best_prior" in extra:
+                averaged.mode_prior = priors[2]  # type: ignore[assignment]
             averaged.save(output / "model.safetensors")
     accelerator.wait_for_everyone()
     return output / "model.safetensors"
