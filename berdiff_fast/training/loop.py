@@ -19,16 +19,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, gather_object
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import BatchSampler, DataLoader
 
 from berdiff_fast import ops, rng
 from berdiff_fast.data.examples import TrainingExamples
 from berdiff_fast.data.hdf5 import RaterDataset, check_disjoint
 from berdiff_fast.files import write_text
 from berdiff_fast.model import BerDiff, load
-from berdiff_fast.training import checkpoints, evaluate, on_cpu
+from berdiff_fast.training import checkpoints, evaluate, feed, on_cpu
+from berdiff_fast.training.average import Average
 from berdiff_fast.training.config import TrainConfig
+from berdiff_fast.training.precision import fast_arithmetic
 from berdiff_fast.training.records import Records
 
 logger = logging.getLogger("berdiff_fast")
@@ -55,7 +55,7 @@ def train(config: TrainConfig) -> Path:
 
     AcceleratorState._reset_state()  # a process may train again, in another precision
     accelerator = Accelerator(
-        mixed_precision=config.precision.replace("fp32", "no"),
+        mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
         gradient_accumulation_steps=config.accumulation,
         cpu=on_cpu(config.device),
         # Each batch of the loader is one of all processes together; every process takes its slice of it.
@@ -79,10 +79,10 @@ def train(config: TrainConfig) -> Path:
         lr=config.learning_rate,
         betas=(0.9, config.beta2),
         weight_decay=config.weight_decay,
-        fused=accelerator.device.type == "cuda",
-        foreach=accelerator.device.type != "cuda",
+        fused=accelerator.device.type in ("cpu", "cuda"),
     )
-    ema = AveragedModel(model.network, multi_avg_fn=_warmed_up_ema(config.ema_decay))
+    average = Average(model.network, config.ema_decay)
+    ema = average.model
 
     output = Path(config.output)
     folder = output / "checkpoints"
@@ -104,16 +104,9 @@ def train(config: TrainConfig) -> Path:
         crop=config.crop,
         crop_before=config.crop_steps * config.batch_size or None,
     )
-    positions = range(first * config.batch_size, config.steps * config.batch_size)
-    loader = DataLoader(
-        examples,
-        batch_sampler=BatchSampler(positions, config.batch_size // config.accumulation, drop_last=True),
-        num_workers=config.workers,
-        pin_memory=accelerator.device.type == "cuda",
-        persistent_workers=config.workers > 0,
-    )
+    batches = feed.batches(examples, config, first, accelerator)
     network = torch.compile(model.network) if config.compile else model.network
-    network, optimizer, loader = accelerator.prepare(network, optimizer, loader)
+    network, optimizer = accelerator.prepare(network, optimizer)
     if accelerator.scaler is not None and "scaler" in extra:
         accelerator.scaler.load_state_dict(extra["scaler"])
 
@@ -129,16 +122,19 @@ def train(config: TrainConfig) -> Path:
     averaged = BerDiff(
         ema.module, model.schedule, model.prediction, preprocessing=model.preprocessing, spacing=model.spacing
     )
-    batches: Iterator[dict[str, torch.Tensor]] = iter(loader)
-    with Records(output, config, first, enabled=accelerator.is_main_process) as records, _stop_signal() as stop:
+    network.train()
+    with (
+        fast_arithmetic(config, accelerator.device),
+        Records(output, config, first, enabled=accelerator.is_main_process) as records,
+        _stop_signal() as stop,
+    ):
         for step in range(first, config.steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate_at(step)
-            network.train()
             loss = norm = torch.zeros((), device=accelerator.device)
             for part in range(config.accumulation):
                 batch = next(batches)
-                # For dropout; after the loader, which may draw from this generator too.
+                # For dropout; after the batch's making, which may draw from this generator too.
                 number = (step * config.accumulation + part) * accelerator.num_processes + accelerator.process_index
                 torch.manual_seed(rng.signed64(rng.splitmix64(config.seed, number + 1)))
                 with accelerator.accumulate(network):
@@ -164,7 +160,7 @@ def train(config: TrainConfig) -> Path:
                     optimizer.step()
                     optimizer.zero_grad()
                     loss = loss + bits.detach() / config.accumulation
-            ema.update_parameters(model.network)
+            average.update()
             done = step + 1
             records.step(done, loss, norm, config.learning_rate_at(step), accelerator)
 
@@ -217,16 +213,6 @@ def _start_from(name_or_path: str, model: BerDiff) -> None:
         raise ValueError(
             f"initial_weights: {name_or_path} is of another architecture: {' '.join(str(error).split())}"
         ) from None
-
-
-def _warmed_up_ema(decay: float):
-    """Torch's average with a decay that grows, so that it soon forgets the random start (as in TensorFlow's)."""
-
-    def average(averages, currents, count) -> None:
-        warm = (1 + float(count)) / (10 + float(count))
-        get_ema_multi_avg_fn(min(decay, warm))(averages, currents, count)
-
-    return average
 
 
 def _validate(
