@@ -50,11 +50,15 @@ def test_every_stream_has_a_bound_of_its_own():
 # ---------------------------------------------------------------------- examples
 
 
-def rater_file(path, *, size=(24, 24), img_channels=1, mask_channels=1, raters=3, dtype=np.uint8, count=11):
+def rater_file(
+    path, *, size=(24, 24), img_channels=1, mask_channels=1, raters=3, dtype=np.uint8, count=11, sparse=False
+):
     random = np.random.default_rng(0)
     images = random.normal(100, 40, (count, img_channels, *size)).clip(0, 255).astype(dtype)
     images[3] = 7  # a constant image
-    masks = random.random((count, raters, mask_channels, *size)) < 0.3
+    masks = random.random((count, raters, mask_channels, *size)) < (0.02 if sparse else 0.3)
+    if sparse:
+        masks[2] = masks[4, 1:] = 0
     with h5py.File(path, "w") as file:
         file["image"] = images if img_channels > 1 else images[:, 0]
         file["mask"] = masks.astype(np.uint8) if mask_channels > 1 else masks[:, :, 0].astype(np.uint8)
@@ -76,17 +80,33 @@ CASES = {
     "channels": dict(augmentation=Augmentation(True, True), img_channels=3, mask_channels=2, crop=8),
     "channels, all": dict(augmentation=Augmentation(True, True, 20.0, 0.2), img_channels=3, mask_channels=2),
     "one rater": dict(augmentation=Augmentation(True, True), raters=1),
+    # Some slices are marked by nobody, some by one rater; the classes of areas around 0, 3 and 12 pixels.
+    "modes": dict(augmentation=Augmentation(True, True), mode_edges=(3, 12), sparse=True),
+    "modes, window": dict(augmentation=Augmentation(True, True), mode_edges=(3, 12), mode_window=8, sparse=True),
+    "modes, odd window": dict(augmentation=Augmentation(True, True), mode_edges=(3,), mode_window=9, sparse=True),
+    "modes, all": dict(augmentation=Augmentation(True, True, 20.0, 0.2), mode_edges=(3,), mode_window=9, sparse=True),
+    "modes, channels": dict(
+        augmentation=Augmentation(True, True), mode_edges=(3, 12), mode_window=8, mask_channels=2, sparse=True
+    ),
+    "modes, cropped": dict(
+        augmentation=Augmentation(True, True), crop=10, mode_edges=(3, 12), mode_window=7, sparse=True
+    ),
+    "modes, rectangle": dict(
+        augmentation=Augmentation(True, False), mode_edges=(3,), mode_window=8, size=(16, 40), sparse=True
+    ),
     "window": dict(window=(50.0, 120.0), augmentation=Augmentation(True, True), crop=8),
     "seed": dict(seed=2**40 + 1, augmentation=Augmentation(True, True, 20.0, 0.2)),
     **{str(dtype): dict(dtype=dtype, crop=8) for dtype in ("int16", "uint16", "float32", "float64", ">i2", ">f4")},
 }
 
 
-def make(tmp_path, *, in_memory=True, crop=0, crop_before=None, augmentation=None, seed=3, window=None, **options):
+def make(tmp_path, *, in_memory=True, window=None, seed=3, **options):
+    kinds = ("augmentation", "crop", "crop_before", "mode_edges", "mode_window")
+    kept = {name: options.pop(name) for name in kinds if name in options}
     file = tmp_path / f"{len(list(tmp_path.iterdir()))}.h5"
     slices = RaterDataset(rater_file(file, **options), in_memory=in_memory)
     preprocessing = Preprocessing("window", window) if window else Preprocessing()
-    return TrainingExamples(slices, preprocessing, 1000, seed, augmentation, crop, crop_before)
+    return TrainingExamples(slices, preprocessing, 1000, seed, **kept)
 
 
 def assert_equal(batch, examples, positions):

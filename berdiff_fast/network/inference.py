@@ -93,7 +93,7 @@ class PreparedUNet:
         timesteps = torch.as_tensor(timesteps, device=device)
         if timesteps.ndim != 1 or not len(timesteps):
             raise ValueError(f"timesteps must be one or more numbers, got shape {tuple(timesteps.shape)}")
-        self.steps = len(timesteps)
+        self.steps, self.classes = len(timesteps), network.num_classes
         if winograd:
             if (device.type, self.dtype, self.spatial_dims) != ("cpu", torch.float32, 2):
                 raise ValueError(
@@ -107,6 +107,8 @@ class PreparedUNet:
             embed = timestep_embedding(timesteps, network.model_channels)
             for layer in network.time_embed:
                 embed = make.linear(layer, embed) if isinstance(layer, nn.Linear) else F.silu(embed)
+            if network.num_classes:  # a row for each class at each timestep
+                embed = (embed[:, None] + network.label_emb.weight.float()).flatten(0, 1)
             embed = F.silu(embed)
 
             parts: Any = network  # torch types what is in a ModuleList as any Module
@@ -132,7 +134,7 @@ class PreparedUNet:
 
         Args:
             y_t: (N, K, *spatial) of 0 and 1 in ``dtype``.
-            step: index into ``timesteps``.
+            step: index into ``timesteps``; of a network with classes, ``step * classes + class``, one for all masks.
             features: ``encode`` of each mask's image (N, ...), or of B images with N / B masks each, in turn.
         """
         h = _CONVOLUTIONS[self.spatial_dims](_channels_last(self._patches(y_t)), self._mask_weight, padding=1)
@@ -155,7 +157,17 @@ class PreparedUNet:
 # ---------------------------------------------------------------------- one for a network that may change
 
 _KNOWN = {UNet, ResBlock, AttentionBlock, EmbeddingSequential, Downsample, Upsample, Float32GroupNorm}
-_KNOWN |= {nn.Sequential, nn.ModuleList, nn.SiLU, nn.Dropout, nn.Identity, nn.Linear, nn.AvgPool2d, nn.AvgPool3d}
+_KNOWN |= {
+    nn.Sequential,
+    nn.ModuleList,
+    nn.SiLU,
+    nn.Dropout,
+    nn.Identity,
+    nn.Linear,
+    nn.Embedding,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+}
 _KNOWN |= {nn.Conv1d, nn.Conv2d, nn.Conv3d}
 
 #: Prepared forms of a network that are kept, each with a copy of its weights: in float32 and by Winograd, say.
@@ -169,6 +181,8 @@ def why_not(network: Any) -> str | None:
     """Why a network has to be run as it is; None if its prepared form does the same."""
     if type(network) is not UNet:
         return f"it is a {type(network).__name__}, not a UNet"
+    if network.num_classes and next(network.parameters()).device.type != "cpu":
+        return "it is told the size class of each mask, and tables by class are for the CPU so far"
     if network.dtype not in ops.LOGIT_DTYPES:
         return f"it computes in {network.dtype}"
     if torch.is_autocast_enabled(next(network.parameters()).device.type):

@@ -51,14 +51,20 @@ def save(
     ema: nn.Module,
     optimizer: torch.optim.Optimizer,
     extra: dict[str, Any],
+    prior: tuple[nn.Module, nn.Module] | None = None,
 ) -> Path:
     """Write the state after ``step`` optimiser steps and delete all but the newest ``config.keep`` checkpoints.
+
+    Args:
+        prior: the mode prior and its average, of a model that has one.
 
     Raises:
         OSError: it cannot be written; earlier checkpoints are as they were.
     """
     tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    for prefix, module in zip(("prior", "prior_ema"), prior or (), strict=False):
+        tensors |= {f"{prefix}.{k}": v for k, v in module.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
     header = {"format": FORMAT, "step": step, "config": config.to_dict(), "extra": extra}
@@ -104,6 +110,7 @@ def restore(
     network: nn.Module,
     ema: nn.Module,
     optimizer: torch.optim.Optimizer,
+    prior: tuple[nn.Module, nn.Module] | None = None,
 ) -> None:
     """Put a checkpoint's state into a run of the same config.
 
@@ -133,6 +140,8 @@ def restore(
     try:
         network.load_state_dict(part("network."))
         ema.load_state_dict(part("ema."))
+        for prefix, module in zip(("prior.", "prior_ema."), prior or (), strict=False):
+            module.load_state_dict(part(prefix))
     except RuntimeError as error:
         raise ValueError(f"{checkpoint.path} is of another architecture: {' '.join(str(error).split())}") from None
     state: dict[int, dict[str, torch.Tensor]] = {}

@@ -25,6 +25,7 @@ from berdiff_fast.data.examples import TrainingExamples
 from berdiff_fast.data.hdf5 import RaterDataset, check_disjoint
 from berdiff_fast.files import write_text
 from berdiff_fast.model import BerDiff, load
+from berdiff_fast.network.prior import size_class
 from berdiff_fast.training import checkpoints, evaluate, feed, on_cpu
 from berdiff_fast.training.average import Average
 from berdiff_fast.training.config import TrainConfig
@@ -74,21 +75,28 @@ def train(config: TrainConfig) -> Path:
     model.to(accelerator.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    window, prior = model.output_window, model.mode_prior
+    groups: list[dict[str, Any]] = [{"params": list(model.network.parameters())}]
+    if prior is not None:
+        groups.append({"params": list(prior.parameters()), "weight_decay": config.prior_weight_decay})
     optimizer = torch.optim.AdamW(
-        model.network.parameters(),
+        groups,
         lr=config.learning_rate,
         betas=(0.9, config.beta2),
         weight_decay=config.weight_decay,
         fused=accelerator.device.type in ("cpu", "cuda"),
     )
-    average = Average(model.network, config.ema_decay)
-    ema = average.model
+    averages = [Average(model.network, config.ema_decay)]
+    if prior is not None:
+        averages.append(Average(prior, config.prior_ema_decay))
+    ema = averages[0].model
+    priors = None if prior is None else (prior, averages[1].model)
 
     output = Path(config.output)
     folder = output / "checkpoints"
     first, extra = 0, {}
     if (checkpoint := checkpoints.newest(folder)) is not None:
-        checkpoints.restore(checkpoint, config, model.network, ema, optimizer)
+        checkpoints.restore(checkpoint, config, model.network, ema, optimizer, priors)
         first, extra = checkpoint.step, checkpoint.extra
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,10 +111,14 @@ def train(config: TrainConfig) -> Path:
         config.augmentation(),
         crop=config.crop,
         crop_before=config.crop_steps * config.batch_size or None,
+        mode_edges=None if prior is None else prior.edges,
+        mode_window=window.size,
     )
     batches = feed.batches(examples, config, first, accelerator)
     network = torch.compile(model.network) if config.compile else model.network
     network, optimizer = accelerator.prepare(network, optimizer)
+    modules: list[Any] = [network] if prior is None else [network, accelerator.prepare(prior)]
+    parameters = [p for group in groups for p in group["params"]]
     if accelerator.scaler is not None and "scaler" in extra:
         accelerator.scaler.load_state_dict(extra["scaler"])
 
@@ -115,33 +127,35 @@ def train(config: TrainConfig) -> Path:
         extra["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
         path = None
         if accelerator.is_main_process:
-            path = checkpoints.save(folder, step, config, model.network, ema, optimizer.optimizer, extra)
+            path = checkpoints.save(folder, step, config, model.network, ema, optimizer.optimizer, extra, priors)
         accelerator.wait_for_everyone()
         return path
 
-    averaged = BerDiff(
-        ema.module, model.schedule, model.prediction, preprocessing=model.preprocessing, spacing=model.spacing
-    )
-    network.train()
+    averaged = model.with_weights(ema.module, None if priors is None else priors[1].module)  # type: ignore[arg-type]
+    for module in modules:
+        module.train()
     with (
         fast_arithmetic(config, accelerator.device),
         Records(output, config, first, enabled=accelerator.is_main_process) as records,
         _stop_signal() as stop,
     ):
         for step in range(first, config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate_at(step)
-            loss = norm = torch.zeros((), device=accelerator.device)
+            rates = config.learning_rate_at(step), config.prior_rate_at(step)
+            for group, rate in zip(optimizer.param_groups, rates, strict=False):
+                group["lr"] = rate
+            norm = torch.zeros((), device=accelerator.device)
+            loss = torch.zeros(() if prior is None else 2, device=accelerator.device)
             for part in range(config.accumulation):
                 batch = next(batches)
                 # For dropout; after the batch's making, which may draw from this generator too.
                 number = (step * config.accumulation + part) * accelerator.num_processes + accelerator.process_index
                 torch.manual_seed(rng.signed64(rng.splitmix64(config.seed, number + 1)))
-                with accelerator.accumulate(network):
-                    y_0, t = batch["y_0"], batch["t"]
+                with accelerator.accumulate(*modules):
+                    y_0, t = window.cut(batch["y_0"]).contiguous(), batch["t"]
+                    told = () if prior is None else (batch["mode"],)
                     # y_t ~ q(y_t | y_0), eq. 2
                     y_t = ops.q_sample(y_0, t, batch["noise_seed"], model.schedule)
-                    logits = network(y_t, t, batch["img"])
+                    logits = network(y_t, t, window.view(batch["img"]), *told)
                     # KL(q(y_{t-1} | y_t, y_0) || p(y_{t-1} | y_t)) + lambda BCE, eq. 8
                     bits = ops.diffusion_loss(
                         logits,
@@ -153,14 +167,23 @@ def train(config: TrainConfig) -> Path:
                         kl_weight=config.kl_weight,
                         bce_weight=config.bce_weight,
                         leave_one_out=config.leave_one_out,
-                    ).mean()
-                    accelerator.backward(bits)
+                    )
+                    if prior is None:
+                        both = total = bits.mean()
+                    else:
+                        # There is nothing to learn from empty masks: those are the prior's.
+                        denoiser, nats = (bits * (batch["mode"] > 0)).mean(), torch.zeros_like(loss[1])
+                        if step < config.prior_last:  # -sum_c share(c) log p(c | x), over the classes of all raters
+                            nats = modules[1](batch["img"], batch["mode_target"]).mean()
+                        total, both = denoiser + config.prior_weight * nats, torch.stack([denoiser, nats])
+                    accelerator.backward(total)
                     if accelerator.sync_gradients and config.clip:
-                        norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
+                        norm = accelerator.clip_grad_norm_(parameters, config.clip)
                     optimizer.step()
                     optimizer.zero_grad()
-                    loss = loss + bits.detach() / config.accumulation
-            average.update()
+                    loss = loss + both.detach() / config.accumulation
+            for average in averages if step < config.prior_last else averages[:1]:
+                average.update()
             done = step + 1
             records.step(done, loss, norm, config.learning_rate_at(step), accelerator)
 
@@ -182,8 +205,13 @@ def train(config: TrainConfig) -> Path:
 
 
 def _check_data(config: TrainConfig, slices: RaterDataset, held_out: RaterDataset | None) -> None:
-    factor = config.patch_size * 2 ** (len(config.channel_mult) - 1)
+    factor = 1 if config.output_crop else config.patch_size * 2 ** (len(config.channel_mult) - 1)
     for data in filter(None, (slices, held_out)):
+        for name in ("output_crop", "prior_crop"):
+            if getattr(config, name) > min(data.image_size):
+                raise ValueError(
+                    f"{name} must be at most the images of {data.path}, {data.image_size}, got {getattr(config, name)}"
+                )
         if any(size % factor for size in data.image_size):
             raise ValueError(f"{data.path}: images must have sides divisible by {factor}, got {data.image_size}")
         if config.crop > min(data.image_size):
@@ -209,6 +237,8 @@ def _start_from(name_or_path: str, model: BerDiff) -> None:
         raise ValueError(f"initial_weights: {name_or_path} predicts {former.prediction}, the config {model.prediction}")
     try:
         model.network.load_state_dict(former.network.state_dict())
+        if model.mode_prior is not None and former.mode_prior is not None:
+            model.mode_prior.load_state_dict(former.mode_prior.state_dict())
     except RuntimeError as error:
         raise ValueError(
             f"initial_weights: {name_or_path} is of another architecture: {' '.join(str(error).split())}"
@@ -237,7 +267,10 @@ def _validate(
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     ):
-        rows += [{"slice": i, **numbers} for i, numbers in zip(chosen, evaluate.measure(raters, samples), strict=True)]
+        found = evaluate.measure(raters, samples)
+        if averaged.mode_prior is not None:
+            found = [a | b for a, b in zip(found, _of_prior(averaged, images, raters), strict=True)]
+        rows += [{"slice": i, **numbers} for i, numbers in zip(chosen, found, strict=True)]
         preview = preview or (images, raters, samples)
     rows = sorted(gather_object(rows), key=lambda row: row.pop("slice"))
     if not accelerator.is_main_process:
@@ -245,6 +278,19 @@ def _validate(
     numbers = evaluate.summarize(rows)
     records.validation(step, numbers, preview)
     return numbers
+
+
+def _of_prior(model: BerDiff, images: torch.Tensor, raters: torch.Tensor) -> list[dict[str, float]]:
+    """Of the mode prior, for each slice: cross-entropy in nats, and how far P(empty) is from the raters' share."""
+    assert model.mode_prior is not None
+    p = model.prior(model.preprocess(images).to(next(model.parameters()).device)).double().cpu()
+    classes = size_class(model.output_window.cut(raters), model.mode_prior.edges)
+    shares = torch.nn.functional.one_hot(classes, p.shape[1]).double().mean(1)
+    nats = -(shares * p.clamp(min=1e-7).log()).sum(1)
+    error = (p[:, 0] - shares[:, 0]).square()
+    return [
+        {"prior_cross_entropy": a, "empty_squared_error": b} for a, b in zip(nats.tolist(), error.tolist(), strict=True)
+    ]
 
 
 @contextmanager
