@@ -284,6 +284,21 @@ def test_a_signal_saves_and_exits(data, tmp_path, uninterrupted, number):
     assert_same_weights(tmp_path, uninterrupted)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_order_in_memory_changes_nothing(data, tmp_path, channels_last):
+    """Of weights that a resumed run has channels last: their moments, which a file has in the usual order, follow."""
+    options = dict(channels_last=channels_last, decay="constant")
+    loop.train(config(data, tmp_path / "once", **options))
+    loop.train(config(data, tmp_path / "twice", **options, steps=7))
+    loop.train(config(data, tmp_path / "twice", **options))
+    assert_same_weights(tmp_path / "once", tmp_path / "twice")
+    # And a run may change from one to the other.
+    loop.train(config(data, tmp_path / "other", **options, steps=7))
+    loop.train(config(data, tmp_path / "other", **{**options, "channels_last": not channels_last}))
+    a, b = weights(tmp_path / "once"), weights(tmp_path / "other")
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
+
+
 def test_a_truncated_checkpoint_falls_back(data, tmp_path, caplog):
     loop.train(config(data, tmp_path, checkpoint_every=10))
     whole = weights(tmp_path)

@@ -145,8 +145,12 @@ def restore(
     except RuntimeError as error:
         raise ValueError(f"{checkpoint.path} is of another architecture: {' '.join(str(error).split())}") from None
     state: dict[int, dict[str, torch.Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in part("optimizer.").items():
         index, _, key = name.partition(".")
+        if tensor.shape == (parameter := parameters[int(index)]).shape:
+            # In the parameter's order in memory, channels last perhaps: AdamW's fused kernel goes by addresses alone.
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
