@@ -23,20 +23,21 @@ class Average:
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
-        self.network, self.decay = network, decay
+        self.decay = decay
         self.model = AveragedModel(network)
+        self._weights: list[torch.Tensor] = list(network.parameters())
+        self._averages: list[torch.Tensor] = list(self.model.module.parameters())
+        self._buffers = list(zip(self.model.module.buffers(), network.buffers(), strict=True))
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the weights as they are into the average."""
-        averages: list[torch.Tensor] = list(self.model.module.parameters())
-        weights: list[torch.Tensor] = list(self.network.parameters())
         count = int(self.model.n_averaged)  # on the CPU
         if count:
             decay = min(self.decay, (1 + count) / (10 + count))
-            torch._foreach_lerp_(averages, weights, 1 - decay)
+            torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
         else:
-            torch._foreach_copy_(averages, weights)
-        for average, buffer in zip(self.model.module.buffers(), self.network.buffers(), strict=True):
+            torch._foreach_copy_(self._averages, self._weights)
+        for average, buffer in self._buffers:
             average.copy_(buffer)
         self.model.n_averaged += 1
