@@ -240,7 +240,10 @@ def _train(options: argparse.Namespace) -> int:
     training.require()
     from berdiff_fast.training import config, loop
 
-    print(loop.train(config.from_arguments(options)))
+    run = config.from_arguments(options)
+    path = loop.train(run)
+    if not run.quiet:
+        print(path)
     training.leave()
     return 0
 

@@ -74,18 +74,32 @@ class Preprocessing:
                     raise ValueError(f"{name} must be two positive numbers, along rows and columns, got {pair!r}")
                 object.__setattr__(self, name, (kind(pair[0]), kind(pair[1])))
 
-    def __call__(self, raw: torch.Tensor) -> torch.Tensor:
-        """(B, C, *spatial) of any real dtype to float32 of the same shape."""
-        x = raw.to(torch.float32 if raw.dtype != torch.float64 else torch.float64)
+    def __call__(self, raw: torch.Tensor, limits: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """(B, C, *spatial) of any real dtype to float32 of the same shape.
+
+        Args:
+            limits: what ``limits`` says of the whole images, where ``raw`` is a part of them.
+        """
+        x = _floating(raw)
         if self.window is not None:
             low, high = self.window
             unit = (x.clamp(low, high) - low) / (high - low)
         else:
-            axes = tuple(range(1, x.ndim))
-            low_, high_ = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+            low_, high_ = self.limits(raw) if limits is None else limits
             unit = torch.where(high_ > low_, (x - low_) / (high_ - low_).clamp(min=1e-30), 0.0)
         start, end = self.output_range
         return (start + (end - start) * unit).float()
+
+    @staticmethod
+    def limits(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Minimum and maximum of each image, (B, 1, ..., 1) both, for "min-max"."""
+        x = _floating(raw)
+        axes = tuple(range(1, x.ndim))
+        return x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+
+
+def _floating(raw: torch.Tensor) -> torch.Tensor:
+    return raw.to(torch.float32 if raw.dtype != torch.float64 else torch.float64)
 
 
 class BerDiff(nn.Module):

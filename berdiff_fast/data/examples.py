@@ -48,7 +48,10 @@ class Augmentation:
         mirror, turns = random.random(2) < 0.5, int(random.integers(4))
         angle, zoom = random.uniform(-1, 1, 2)
         if self.rotate or self.scale:
-            img, mask = self._affine(img, mask, angle * self.rotate, (1 + self.scale) ** zoom)
+            height, width = img.shape[-2:]
+            theta = torch.tensor([self.theta(angle, zoom, height, width)], dtype=torch.float32)
+            grid = F.affine_grid(theta, [1, 1, height, width], align_corners=False)
+            img, mask = self.sample_image(img[None], grid)[0], self.sample_mask(mask[None], grid)[0]
         axes = [axis for axis, m in zip((-2, -1), mirror, strict=True) if m and self.flip]
         if axes:
             img, mask = img.flip(axes), mask.flip(axes)
@@ -56,18 +59,22 @@ class Augmentation:
             img, mask = img.rot90(turns, (-2, -1)), mask.rot90(turns, (-2, -1))
         return img, mask
 
-    @staticmethod
-    def _affine(
-        img: torch.Tensor, mask: torch.Tensor, degrees: float, zoom: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = math.cos(math.radians(degrees)) / zoom, math.sin(math.radians(degrees)) / zoom
-        height, width = img.shape[-2:]
+    def theta(self, angle: float, zoom: float, height: int, width: int) -> list[list[float]]:
+        """The 2 x 3 matrix of ``affine_grid`` for an angle and a zoom in [-1, 1], parts of the largest ones."""
+        degrees, factor = float(angle) * self.rotate, (1 + self.scale) ** float(zoom)
+        cos, sin = math.cos(math.radians(degrees)) / factor, math.sin(math.radians(degrees)) / factor
         # Normalised coordinates stretch with the shorter side; a rotation must not.
-        theta = torch.tensor([[cos, -sin * height / width, 0], [sin * width / height, cos, 0]], dtype=torch.float32)
-        grid = F.affine_grid(theta[None], [1, 1, height, width], align_corners=False)
-        img = F.grid_sample(img[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
-        # Nearest: a mask stays 0 and 1; outside there is nothing to find.
-        return img, F.grid_sample(mask[None], grid, mode="nearest", padding_mode="zeros", align_corners=False)[0]
+        return [[cos, -sin * height / width, 0], [sin * width / height, cos, 0]]
+
+    @staticmethod
+    def sample_image(img: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) at a grid (B, H', W', 2) of normalised coordinates."""
+        return F.grid_sample(img, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+    @staticmethod
+    def sample_mask(mask: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        """Masks (B, K, H, W), float, at such a grid: 0 and 1 still, and nothing outside."""
+        return F.grid_sample(mask, grid, mode="nearest", padding_mode="zeros", align_corners=False)
 
 
 class TrainingExamples(Dataset):
@@ -120,6 +127,23 @@ class TrainingExamples(Dataset):
             self._order = epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.slices))
         return int(self._order[1][place])
 
+    def slice_indices(self, positions: np.ndarray) -> np.ndarray:
+        """``slice_index`` of many positions: (B,) int64."""
+        epochs, places = np.divmod(positions, len(self.slices))
+        result = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            self.slice_index(epoch * len(self.slices))  # which makes that epoch's order
+            result[epochs == epoch] = self._order[1][places[epochs == epoch]]
+        return result
+
+    def timestep(self, positions: np.ndarray) -> np.ndarray:
+        """The timesteps of positions, int64 both."""
+        return (self.timesteps * ((self._phase + positions * _GOLDEN) % 1.0)).astype(np.int64)
+
+    def crop_at(self, position: int) -> int:
+        """The side of the square that the example at a position shows; 0: all of the image."""
+        return self.crop if self.crop_before is None or position < self.crop_before else 0
+
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         """img (C, H, W) float32, y_0 (K, H, W) float32 of 0 and 1, t and noise_seed, int64 scalars.
 
@@ -155,9 +179,9 @@ class TrainingExamples(Dataset):
     def _example(
         self, position: int, img: torch.Tensor, y_0: torch.Tensor, t: int, noise_seed: int
     ) -> dict[str, torch.Tensor]:
-        if self.crop and (self.crop_before is None or position < self.crop_before):
-            y, x = ((size - self.crop) // 2 for size in img.shape[-2:])
-            img, y_0 = (a[..., y : y + self.crop, x : x + self.crop] for a in (img, y_0))
+        if crop := self.crop_at(position):
+            y, x = ((size - crop) // 2 for size in img.shape[-2:])
+            img, y_0 = (a[..., y : y + crop, x : x + crop] for a in (img, y_0))
         return {
             "img": img.contiguous(),
             "y_0": y_0.contiguous(),

@@ -29,7 +29,7 @@ _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 #: Fields that a run may change when it goes on: they touch nothing that is learnt but its rounding, and its length.
 _FREE = {"output", "train_data", "val_data", "in_memory", "workers", "device", "compile", "channels_last", "steps"}
-_FREE |= {"log_every", "checkpoint_every", "keep", "tensorboard"}
+_FREE |= {"log_every", "checkpoint_every", "keep", "tensorboard", "quiet", "data_on_device", "accumulation"}
 _FREE |= {f"validation_{k}" for k in ("slices", "samples", "steps", "method")} | {"validate_every", "spacing"}
 
 
@@ -146,8 +146,12 @@ def restore(
     except RuntimeError as error:
         raise ValueError(f"{checkpoint.path} is of another architecture: {' '.join(str(error).split())}") from None
     state: dict[int, dict[str, torch.Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in part("optimizer.").items():
         index, _, key = name.partition(".")
+        if tensor.shape == (parameter := parameters[int(index)]).shape:
+            # In the parameter's order in memory, channels last perhaps: AdamW's fused kernel goes by addresses alone.
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -44,8 +44,8 @@ class TrainConfig:
     val_data: str = _option("", "HDF5 file to validate on; none: no validation")
     output: str = _option("", "folder of the run; running again with the same one resumes")
     in_memory: bool = _option(True, "read the data files at once")
-    workers: int = _option(0, "processes that prepare batches; 0: the training process itself")
-
+    data_on_device: str = _option("auto", "keep the slices where the model trains: auto (if they fit), true or false")
+    workers: int = _option(0, "processes that prepare batches of other slices; 0: the training process itself")
     initial_weights: str = _option(
         "", "model to start from, of the same architecture: a file, directory or bundled name"
     )
@@ -119,7 +119,7 @@ class TrainConfig:
     decay: str = _option("cosine", "the rate after warm-up: cosine (to 0) or constant")
     clip: float = _option(1.0, "largest norm of the gradient; 0: no clipping")
     ema_decay: float = _option(0.999, "of the averaged weights, which are the ones that are saved")
-    precision: str = _option("fp32", "fp32, bf16 or fp16 (automatic mixed precision)")
+    precision: str = _option("fp32", "fp32, tf32, or bf16 or fp16 (automatic mixed precision)")
     channels_last: bool = _option(False, "channels last in memory")
     compile: bool = _option(False, "torch.compile the network")
     device: str = _option("auto", "auto (a GPU if there is one) or cpu")
@@ -138,9 +138,12 @@ class TrainConfig:
     checkpoint_every: int = _option(500, "steps between checkpoints")
     keep: int = _option(2, "checkpoints to keep, the newest ones")
     tensorboard: bool = _option(True, "write TensorBoard files, where it is installed")
+    quiet: bool = _option(False, "no progress bar, no words but errors and warnings")
 
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))
+        if isinstance(self.data_on_device, bool):  # as YAML reads true and false
+            self.data_on_device = str(self.data_on_device).lower()
         for f in dataclasses.fields(self):
             setattr(self, f.name, _coerce(f.name, getattr(self, f.name), kinds[f.name]))
         least = {
@@ -156,7 +159,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
         choices = {
             "decay": ("cosine", "constant"),
-            "precision": ("fp32", "bf16", "fp16"),
+            "precision": ("fp32", "tf32", "bf16", "fp16"),
+            "data_on_device": ("auto", "true", "false"),
             "device": ("auto", "cpu"),
             "validation_method": METHODS,
             "spacing": SPACINGS,

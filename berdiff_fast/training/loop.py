@@ -21,8 +21,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, gather_object
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import BatchSampler, DataLoader
 
 from berdiff_fast import ops, rng
 from berdiff_fast.data.examples import TrainingExamples
@@ -30,8 +28,10 @@ from berdiff_fast.data.hdf5 import RaterDataset, check_disjoint
 from berdiff_fast.files import write_text
 from berdiff_fast.model import BerDiff, load
 from berdiff_fast.network.prior import size_class
-from berdiff_fast.training import checkpoints, evaluate, on_cpu
+from berdiff_fast.training import checkpoints, evaluate, feed, on_cpu
+from berdiff_fast.training.average import Average
 from berdiff_fast.training.config import TrainConfig
+from berdiff_fast.training.precision import fast_arithmetic
 from berdiff_fast.training.records import Records
 
 logger = logging.getLogger("berdiff_fast")
@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> Path:
 
     AcceleratorState._reset_state()  # a process may train again, in another precision
     accelerator = Accelerator(
-        mixed_precision=config.precision.replace("fp32", "no"),
+        mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
         gradient_accumulation_steps=config.accumulation,
         cpu=on_cpu(config.device),
         # Each batch of the loader is one of all processes together; every process takes its slice of it.
@@ -86,14 +86,14 @@ def train(config: TrainConfig) -> Path:
         lr=config.learning_rate,
         betas=(0.9, config.beta2),
         weight_decay=config.weight_decay,
-        fused=accelerator.device.type == "cuda",
-        foreach=accelerator.device.type != "cuda",
+        fused=accelerator.device.type in ("cpu", "cuda"),
     )
-    ema = AveragedModel(model.network, multi_avg_fn=_warmed_up_ema(config.ema_decay))
+    averages = [Average(model.network, config.ema_decay)]
     priors: tuple[nn.Module, ...] = ()  # as it is trained, averaged, and at its best validation
     if prior is not None:
-        prior_ema = AveragedModel(prior, multi_avg_fn=_warmed_up_ema(config.prior_ema_decay))
-        priors = prior, prior_ema, copy.deepcopy(prior)
+        averages.append(Average(prior, config.prior_ema_decay))
+        priors = prior, averages[1].model, copy.deepcopy(prior)
+    ema = averages[0].model
 
     output = Path(config.output)
     folder = output / "checkpoints"
@@ -117,16 +117,9 @@ def train(config: TrainConfig) -> Path:
         mode_edges=None if prior is None else prior.edges,
         mode_window=window.size,
     )
-    positions = range(first * config.batch_size, config.steps * config.batch_size)
-    loader = DataLoader(
-        examples,
-        batch_sampler=BatchSampler(positions, config.batch_size // config.accumulation, drop_last=True),
-        num_workers=config.workers,
-        pin_memory=accelerator.device.type == "cuda",
-        persistent_workers=config.workers > 0,
-    )
+    batches = feed.batches(examples, config, first, accelerator)
     network = torch.compile(model.network) if config.compile else model.network
-    network, optimizer, loader = accelerator.prepare(network, optimizer, loader)
+    network, optimizer = accelerator.prepare(network, optimizer)
     modules: list[Any] = [network] if prior is None else [network, accelerator.prepare(prior)]
     parameters = [p for group in groups for p in group["params"]]
     if accelerator.scaler is not None and "scaler" in extra:
@@ -141,20 +134,23 @@ def train(config: TrainConfig) -> Path:
         accelerator.wait_for_everyone()
         return path
 
-    averaged = model.with_weights(ema.module, prior_ema.module if priors else None)  # type: ignore[arg-type]
-    batches: Iterator[dict[str, torch.Tensor]] = iter(loader)
-    with Records(output, config, first, enabled=accelerator.is_main_process) as records, _stop_signal() as stop:
+    averaged = model.with_weights(ema.module, averages[1].model.module if priors else None)  # type: ignore[arg-type]
+    for module in modules:
+        module.train()
+    with (
+        fast_arithmetic(config, accelerator.device),
+        Records(output, config, first, enabled=accelerator.is_main_process) as records,
+        _stop_signal() as stop,
+    ):
         for step in range(first, config.steps):
             rates = config.learning_rate_at(step), config.prior_rate_at(step)
             for group, rate in zip(optimizer.param_groups, rates, strict=False):
                 group["lr"] = rate
-            for module in modules:
-                module.train()
             norm = torch.zeros((), device=accelerator.device)
             loss = torch.zeros(() if prior is None else 2, device=accelerator.device)
             for part in range(config.accumulation):
                 batch = next(batches)
-                # For dropout; after the loader, which may draw from this generator too.
+                # For dropout; after the batch's making, which may draw from this generator too.
                 number = (step * config.accumulation + part) * accelerator.num_processes + accelerator.process_index
                 torch.manual_seed(rng.signed64(rng.splitmix64(config.seed, number + 1)))
                 with accelerator.accumulate(*modules):
@@ -189,9 +185,8 @@ def train(config: TrainConfig) -> Path:
                     optimizer.step()
                     optimizer.zero_grad()
                     loss = loss + both.detach() / config.accumulation
-            ema.update_parameters(model.network)
-            if priors and step < config.prior_last:
-                prior_ema.update_parameters(priors[0])
+            for average in averages if step < config.prior_last else averages[:1]:
+                average.update()
             done = step + 1
             records.step(done, loss, norm, config.learning_rate_at(step), accelerator)
 
@@ -202,7 +197,7 @@ def train(config: TrainConfig) -> Path:
                     averaged.save(output / "best.safetensors")
                 if priors and numbers and numbers["prior_cross_entropy"] < extra.get("best_prior", float("inf")):
                     extra |= {"best_prior": numbers["prior_cross_entropy"], "best_prior_step": done}
-                    priors[2].load_state_dict(prior_ema.module.state_dict())
+                    priors[2].load_state_dict(averages[1].model.module.state_dict())
             stopped = _agreed(stop, accelerator, done)
             if stopped or done % config.checkpoint_every == 0 or done == config.steps:
                 path = save(done)
@@ -256,16 +251,6 @@ def _start_from(name_or_path: str, model: BerDiff) -> None:
         raise ValueError(
             f"initial_weights: {name_or_path} is of another architecture: {' '.join(str(error).split())}"
         ) from None
-
-
-def _warmed_up_ema(decay: float):
-    """Torch's average with a decay that grows, so that it soon forgets the random start (as in TensorFlow's)."""
-
-    def average(averages, currents, count) -> None:
-        warm = (1 + float(count)) / (10 + float(count))
-        get_ema_multi_avg_fn(min(decay, warm))(averages, currents, count)
-
-    return average
 
 
 def _validate(

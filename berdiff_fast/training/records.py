@@ -49,7 +49,9 @@ class Records:
                 pass
             else:
                 self._board = SummaryWriter(output / "tensorboard", purge_step=first + 1)
-        self._bar = tqdm(total=config.steps, initial=first, unit="step", desc="training", dynamic_ncols=True)
+        self._bar = tqdm(
+            total=config.steps, initial=first, unit="step", desc="training", dynamic_ncols=True, disable=config.quiet
+        )
 
     def __enter__(self) -> Records:
         return self
@@ -62,7 +64,7 @@ class Records:
 
     def say(self, text: str) -> None:
         """A line for the user."""
-        if self.enabled:
+        if self.enabled and not self.config.quiet:
             tqdm.write(text, file=sys.stderr)
 
     def step(
