@@ -148,10 +148,11 @@ class Told:
 
     def __init__(self, network: Any, modes: torch.Tensor, of_row: torch.Tensor, edges: Sequence[int]) -> None:
         self.network, self.modes, self.of_row, self.edges = network, modes, of_row, edges
-        #: The rows that the network is asked about; None: all of them. A GPU's host does not know which are empty.
+        #: The rows that the network is asked about, those of a class together; None: all of them, as they are. A GPU's
+        #: host does not know which are empty.
         self.rows: torch.Tensor | None = None
-        if not modes.is_cuda and bool((modes == 0).any()):
-            self.rows = modes.nonzero()[:, 0]
+        if modes.is_cpu:
+            self.rows = modes.argsort(stable=True)[int((modes == 0).sum()) :]
 
     def images(self, img: torch.Tensor) -> torch.Tensor:
         """What ``__call__`` wants of images (b, C, *spatial)."""
@@ -183,7 +184,7 @@ class Told:
         shape = (-1, *[1] * (masks.ndim - 1))
         masks = masks & (self.modes > 0).view(shape)
         wrong = (size_class(masks, edges, dims) != self.modes) & (self.modes > 0)
-        if masks.is_cuda:
+        if self.rows is None:  # and which masks those are
             mended = _likeliest(masks, y, logits, self.modes, edges, prediction)
             return torch.where(wrong.view(shape), mended, masks)
         if bool(wrong.any()):

@@ -552,15 +552,7 @@ class _Prepared(_Network):
     def __call__(
         self, y: torch.Tensor, step: int, images: torch.Tensor, classes: torch.Tensor | None = None
     ) -> torch.Tensor:
-        cut = self.window.cut(y)
-        if classes is None:
-            return self.window.fill(self.prepared(cut, step, images), y, self.prediction)
-        # The masks of a class have their tables in common.
-        logits = torch.empty_like(cut)
-        for c in classes.unique().tolist():
-            rows = (classes == c).nonzero()[:, 0]
-            logits[rows] = self.prepared(cut[rows], step * self.prepared.classes + c, images[rows])
-        return self.window.fill(logits, y, self.prediction)
+        return self.window.fill(self.prepared(self.window.cut(y), step, images, classes), y, self.prediction)
 
 
 # ---------------------------------------------------------------------- arguments

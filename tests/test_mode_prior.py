@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from itertools import product
 
@@ -232,7 +233,7 @@ def test_empty_masks_need_no_network(model, img):
     assert 0 < empty.sum() < 48 and not masks[empty].any() and (probability[empty] == 0).all()
     assert model.network.rows == [48 - int(empty.sum())] * 3
     assert all((told > 0).all() for told in model.network.told)
-    assert torch.equal(model.network.told[0], classes[~empty])
+    assert torch.equal(model.network.told[0], classes[~empty].sort().values)
     model.network.rows.clear()
     assert not draw(model, img, modes="empty").any() and model.network.rows == []
 
@@ -282,6 +283,23 @@ def test_a_mask_outside_its_class_becomes_the_likeliest_within(prediction, chann
     score = torch.einsum("ncij,mcij->nm", z.double(), every.double())
     score[classes[None] != modes[:, None]] = -torch.inf
     assert torch.equal(found, every[score.argmax(1)].bool())
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_where_the_host_does_not_know_the_classes_masks_are_the_same(model, img, prediction, monkeypatch):
+    """As on a GPU: the network is asked about all masks, and those that are empty are emptied after."""
+    expected = draw(model, img, prediction=prediction, return_probability=True)
+    model.network.rows.clear()
+    made = mode_draws.Told.__init__
+
+    def blind(self, *arguments):
+        made(self, *arguments)
+        self.rows = None
+
+    monkeypatch.setattr(mode_draws.Told, "__init__", blind)
+    found = draw(model, img, prediction=prediction, return_probability=True)
+    assert model.network.rows == [48] * 5
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_mask_of_its_class_is_left_alone():
@@ -347,12 +365,13 @@ def test_prepared_is_the_same_function(img, scale_shift, how):
         pytest.skip("berdiff_fast._cpu not built")
     network = trained(unet(num_classes=CLASSES, use_scale_shift_norm=scale_shift))
     prepared = inference.PreparedUNet(network, [5, 900], winograd=how == "winograd")
-    y, features = (toy_image(4, 1, 12, 10) > 0).float(), prepared.encode(img[:1].expand(4, -1, -1, -1))
+    images = toy_image(7, 1, 12, 10, seed=1)
+    y, features = (toy_image(7, 1, 12, 10) > 0).float(), prepared.encode(images)
     for step, t in enumerate([5, 900]):
-        for c in range(CLASSES):
-            expected = network(y, torch.full((4,), t), img[:1].expand(4, -1, -1, -1), torch.full((4,), c))
-            found = prepared(y, step * CLASSES + c, features)
-            assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+        for classes in ([2] * 7, [1, 1, 2, 3, 3, 3, 4], [4, 0, 1, 0, 3, 2, 4]):
+            c = torch.tensor(classes)
+            expected = network(y, torch.full((7,), t), images, c)
+            assert (prepared(y, step, features, c) - expected).abs().max() < 1e-4 * expected.abs().max()
     model = BerDiff(network, "cosine2", "y_0", mode_prior=prior())
     masks, plain = draw(model, img, prepare=how), draw(model, img, prepare=False)
     assert (masks != plain).double().mean() < 1e-3
@@ -475,3 +494,36 @@ def test_images_the_prior_cannot_see(img):
         seeing(torch.zeros(1, 2, 16, 16))
     with pytest.raises(TypeError, match="img must be floating point"):
         BerDiff(TellingToy(), mode_prior=prior()).prior(torch.zeros(1, 1, 12, 10, dtype=torch.uint8))
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_the_command_draws_what_is_asked_for(tmp_path, capsys):
+    from berdiff_fast import cli
+
+    network = trained(unet(num_classes=CLASSES, img_channels=2))
+    options = dict(preprocessing=bf.Preprocessing(), output_crop=16, distance=True, mode_prior=prior(scale=0.0))
+    BerDiff(network, "cosine2", "y_0", **options).save(tmp_path / "m.safetensors")
+    np.save(tmp_path / "scan.npy", toy_image(1, 20, 24)[0].numpy())
+
+    def masks(name: str, *words: str) -> list[int]:
+        where = [
+            str(tmp_path / "scan.npy"),
+            "--model",
+            str(tmp_path / "m.safetensors"),
+            "--output",
+            str(tmp_path / name),
+        ]
+        assert (
+            cli.main(["sample", *where, "--n", "12", "--steps", "3", "--roi", "2", "18", "4", "20", "--json", *words])
+            == 0
+        )
+        return json.loads(capsys.readouterr().out)["sizes"]["voxels"]
+
+    assert sum(size == 0 for size in masks("all")) in (2, 3), "classes are equally likely"
+    assert all(masks("some", "--modes", "non-empty"))
+    assert all(EDGES[0] <= size < EDGES[1] for size in masks("two", "--modes", "2"))
+    assert cli.main(["sample", str(tmp_path / "scan.npy"), "--model", str(tmp_path / "m.safetensors"), "--output",
+                     str(tmp_path / "no"), "--modes", "9"]) != 0  # fmt: skip
+    assert "modes must be one or more classes from 0 to 4" in capsys.readouterr().err

@@ -215,6 +215,30 @@ def test_it_learns_whether_there_is_anything(data, tmp_path):
     assert (p - (~raters.flatten(2).any(2)).double().mean(1)).abs().max() < 0.2
 
 
+def test_the_best_prior_is_kept(data, tmp_path):
+    """A rate at which it gets worse and worse; also where the run was stopped after the best."""
+    wild = dict(
+        val_data=data["val_data"], validate_every=5, validation_slices=8, validation_samples=1, prior_jitter=0.0
+    )
+    wild |= dict(prior_learning_rate=0.3, warmup=0, prior_ema_decay=0.0, validation_steps=2, checkpoint_every=10)
+    run(data, tmp_path / "best", **wild)
+    run(data, tmp_path / "last", prior_keep_best=False, **wild)
+    validations = {line["step"]: line for line in log(tmp_path / "best") if "validation_ged" in line}
+    nats = {step: line["validation_prior_cross_entropy"] for step, line in validations.items()}
+    best = min(nats, key=nats.get)
+    assert list(nats) == [5, 10, 15, 20] and best < 20, "or the test would show nothing"
+
+    def measured(name):
+        model = bf.load(tmp_path / name / "model.safetensors")
+        return loop._of_prior(model, RaterDataset(data["val_data"]))["prior_cross_entropy"]
+
+    assert measured("best") == pytest.approx(nats[best], rel=1e-5)
+    assert measured("last") == pytest.approx(nats[20], rel=1e-5)
+    (tmp_path / "best" / "checkpoints" / "step-00000020.safetensors").unlink()
+    run(data, tmp_path / "best", **wild)
+    assert measured("best") == pytest.approx(nats[best], rel=1e-5)
+
+
 def test_initial_weights_bring_the_prior_along(data, tmp_path):
     run(data, tmp_path / "first", steps=5)
     run(data, tmp_path / "then", steps=1, learning_rate=0.0, prior_learning_rate=0.0, weight_decay=0.0,

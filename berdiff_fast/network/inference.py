@@ -129,24 +129,28 @@ class PreparedUNet:
         x = self._patches(img.to(self.dtype))
         return _CONVOLUTIONS[self.spatial_dims](_channels_last(x), self._img_weight, self._img_bias, padding=1)
 
-    def __call__(self, y_t: torch.Tensor, step: int, features: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, y_t: torch.Tensor, step: int, features: torch.Tensor, classes: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits (N, K, *spatial) for noisy masks.
 
         Args:
             y_t: (N, K, *spatial) of 0 and 1 in ``dtype``.
-            step: index into ``timesteps``; of a network with classes, ``step * classes + class``, one for all masks.
+            step: index into ``timesteps``.
             features: ``encode`` of each mask's image (N, ...), or of B images with N / B masks each, in turn.
+            classes: (N,) int64, of a network with classes; fastest where equal ones are neighbours.
         """
+        place: int | _Rows = step if classes is None else _Rows.of(step * self.classes + classes)
         h = _CONVOLUTIONS[self.spatial_dims](_channels_last(self._patches(y_t)), self._mask_weight, padding=1)
         images = features.shape[0]
         h.unflatten(0, (images, -1)).add_(features[:, None])
         skips = [h]
         for block in self._down:
-            h = block(h, None, step)
+            h = block(h, None, place)
             skips.append(h)
-        h = self._middle(h, None, step)
+        h = self._middle(h, None, place)
         for block in self._up:
-            h = block(h, skips.pop(), step)
+            h = block(h, skips.pop(), place)
         logits = self._last(self._norm(h, None))
         return F.pixel_shuffle(logits, self.patch_size) if self.patch_size > 1 else logits
 
@@ -223,7 +227,22 @@ def prepare(
 
 # ---------------------------------------------------------------------- layers
 #
-# Each is called with the activations, those of the skip connection that are to be concatenated (or None), and the step.
+# Each is called with the activations, those of the skip connection that are to be concatenated (or None), and the place
+# in the tables: the step or, in a network that is told classes, a row for each mask.
+
+
+@dataclass
+class _Rows:
+    """Each mask's row of the tables, whose rows are of steps and classes."""
+
+    index: torch.Tensor  # (N,)
+    runs: list[tuple[int, int, int]]  # neighbours that have one in common: first, last + 1, row
+
+    @classmethod
+    def of(cls, index: torch.Tensor) -> _Rows:
+        rows, counts = index.unique_consecutive(return_counts=True)
+        ends = counts.cumsum(0).tolist()
+        return cls(index, list(zip([0, *ends], ends, rows.tolist(), strict=False)))
 
 
 @dataclass
@@ -237,11 +256,24 @@ class _Norm:
     silu: bool
     backend: str
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int = 0) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | _Rows = 0) -> torch.Tensor:
+        if self.weight.ndim == 1:
+            return self._norm(x, other, self.weight, self.bias)
+        if isinstance(step, int):
+            return self._norm(x, other, self.weight[step], self.bias[step])
+        parts = [
+            self._norm(x[a:b], None if other is None else other[a:b], self.weight[row], self.bias[row])
+            for a, b, row in step.runs
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _norm(
+        self, x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
         return ops.group_norm_silu(
             x,
-            self.weight[step] if self.weight.ndim == 2 else self.weight,
-            self.bias[step] if self.bias.ndim == 2 else self.bias,
+            weight,
+            bias,
             self.groups,
             other=other,
             eps=self.eps,
@@ -259,9 +291,13 @@ class _Convolution:
     bias: torch.Tensor
     options: dict[str, Any]
 
-    def __call__(self, x: torch.Tensor, step: int = 0) -> torch.Tensor:
-        bias = self.bias[step] if self.bias.ndim == 2 else self.bias
-        return self.call(x, self.weight, bias, **self.options)
+    def __call__(self, x: torch.Tensor, step: int | _Rows = 0) -> torch.Tensor:
+        if self.bias.ndim == 1:
+            return self.call(x, self.weight, self.bias, **self.options)
+        if isinstance(step, int):
+            return self.call(x, self.weight, self.bias[step], **self.options)
+        found = self.call(x, self.weight, torch.zeros_like(self.bias[0]), **self.options)
+        return found.add_(self.bias[step.index].reshape(*found.shape[:2], *[1] * (found.ndim - 2)))
 
     def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The convolution of x, and ``residual`` added."""
@@ -286,7 +322,7 @@ class _Residual:
     conv_2: _Convolution
     skip: torch.Tensor | None  # (inputs, outputs); its bias is in conv_2's
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | _Rows) -> torch.Tensor:
         h = self.norm_2(self.conv_1(self.norm_1(x, other), step), None, step)
         if self.skip is None:
             both = x if other is None else _channels_last(torch.cat([x, other], dim=1))
@@ -309,7 +345,7 @@ class _Attention:
     out: tuple[torch.Tensor, torch.Tensor]
     heads: int
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | _Rows) -> torch.Tensor:
         n, channels = x.shape[:2]
         qkv = F.linear(_tokens(self.norm(x, None)).view(n, -1, channels), *self.qkv)
         # Channels are ordered head first, then q, k, v.
@@ -325,7 +361,7 @@ class _Resize:
 
     call: Callable[[torch.Tensor], torch.Tensor]
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | _Rows) -> torch.Tensor:
         return self.call(x)
 
 
@@ -335,7 +371,7 @@ class _Sequence:
 
     layers: list[Any]
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | _Rows) -> torch.Tensor:
         for layer in self.layers:
             x, other = layer(x, other, step), None
         return x

@@ -24,6 +24,7 @@ logger = logging.getLogger("berdiff_fast")
 
 FORMAT = 1
 _KEY = "berdiff_fast_training"
+_PRIORS = ("prior", "prior_ema", "prior_best")
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 #: Fields that a run may change when it goes on: they touch nothing that is learnt but its rounding, and its length.
@@ -51,19 +52,19 @@ def save(
     ema: nn.Module,
     optimizer: torch.optim.Optimizer,
     extra: dict[str, Any],
-    prior: tuple[nn.Module, nn.Module] | None = None,
+    prior: tuple[nn.Module, ...] = (),
 ) -> Path:
     """Write the state after ``step`` optimiser steps and delete all but the newest ``config.keep`` checkpoints.
 
     Args:
-        prior: the mode prior and its average, of a model that has one.
+        prior: the mode prior, its average and the best one so far, of a model that has one.
 
     Raises:
         OSError: it cannot be written; earlier checkpoints are as they were.
     """
     tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
-    for prefix, module in zip(("prior", "prior_ema"), prior or (), strict=False):
+    for prefix, module in zip(_PRIORS, prior, strict=False):
         tensors |= {f"{prefix}.{k}": v for k, v in module.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
@@ -110,7 +111,7 @@ def restore(
     network: nn.Module,
     ema: nn.Module,
     optimizer: torch.optim.Optimizer,
-    prior: tuple[nn.Module, nn.Module] | None = None,
+    prior: tuple[nn.Module, ...] = (),
 ) -> None:
     """Put a checkpoint's state into a run of the same config.
 
@@ -140,8 +141,8 @@ def restore(
     try:
         network.load_state_dict(part("network."))
         ema.load_state_dict(part("ema."))
-        for prefix, module in zip(("prior.", "prior_ema."), prior or (), strict=False):
-            module.load_state_dict(part(prefix))
+        for prefix, module in zip(_PRIORS, prior, strict=False):
+            module.load_state_dict(part(f"{prefix}."))
     except RuntimeError as error:
         raise ValueError(f"{checkpoint.path} is of another architecture: {' '.join(str(error).split())}") from None
     state: dict[int, dict[str, torch.Tensor]] = {}

@@ -82,6 +82,9 @@ class TrainConfig:
     prior_learning_rate: float = _option(1e-3, "its peak rate of AdamW")
     prior_weight_decay: float = _option(0.05, "its weight decay")
     prior_ema_decay: float = _option(0.998, "of its averaged weights")
+    prior_keep_best: bool = _option(
+        True, "the saved prior is that of the validation with the least cross-entropy; else the last one"
+    )
     prior_steps: int = _option(0, "steps after which it is left as it is, since it overfits sooner; 0: all steps")
 
     # Diffusion

@@ -7,6 +7,7 @@ weights as one that was not, and processes that share a batch do what one proces
 
 from __future__ import annotations
 
+import copy
 import logging
 import signal
 import threading
@@ -19,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, gather_object
+from torch import nn
 
 from berdiff_fast import ops, rng
 from berdiff_fast.data.examples import TrainingExamples
@@ -33,6 +35,9 @@ from berdiff_fast.training.precision import fast_arithmetic
 from berdiff_fast.training.records import Records
 
 logger = logging.getLogger("berdiff_fast")
+
+#: Slices of a validation that the mode prior is measured on.
+_PRIOR_SLICES = 512
 
 
 def train(config: TrainConfig) -> Path:
@@ -87,10 +92,11 @@ def train(config: TrainConfig) -> Path:
         fused=accelerator.device.type in ("cpu", "cuda"),
     )
     averages = [Average(model.network, config.ema_decay)]
+    priors: tuple[nn.Module, ...] = ()  # as it is trained, averaged, and at its best validation
     if prior is not None:
         averages.append(Average(prior, config.prior_ema_decay))
+        priors = prior, averages[1].model, copy.deepcopy(prior)
     ema = averages[0].model
-    priors = None if prior is None else (prior, averages[1].model)
 
     output = Path(config.output)
     folder = output / "checkpoints"
@@ -131,7 +137,7 @@ def train(config: TrainConfig) -> Path:
         accelerator.wait_for_everyone()
         return path
 
-    averaged = model.with_weights(ema.module, None if priors is None else priors[1].module)  # type: ignore[arg-type]
+    averaged = model.with_weights(ema.module, averages[1].model.module if priors else None)  # type: ignore[arg-type]
     for module in modules:
         module.train()
     with (
@@ -192,6 +198,9 @@ def train(config: TrainConfig) -> Path:
                 if numbers and numbers["ged"] < extra.get("best_ged", float("inf")):
                     extra |= {"best_ged": numbers["ged"], "best_step": done}
                     averaged.save(output / "best.safetensors")
+                if priors and numbers and numbers["prior_cross_entropy"] < extra.get("best_prior", float("inf")):
+                    extra |= {"best_prior": numbers["prior_cross_entropy"], "best_prior_step": done}
+                    priors[2].load_state_dict(averages[1].model.module.state_dict())
             stopped = _agreed(stop, accelerator, done)
             if stopped or done % config.checkpoint_every == 0 or done == config.steps:
                 path = save(done)
@@ -199,6 +208,8 @@ def train(config: TrainConfig) -> Path:
                 records.say(f"stopped after step {done} of {config.steps}; the same command goes on from there")
                 return path or folder
         if accelerator.is_main_process:
+            if config.prior_keep_best and "best_prior" in extra:
+                averaged.mode_prior = priors[2]  # type: ignore[assignment]
             averaged.save(output / "model.safetensors")
     accelerator.wait_for_everyone()
     return output / "model.safetensors"
@@ -267,30 +278,37 @@ def _validate(
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     ):
-        found = evaluate.measure(raters, samples)
-        if averaged.mode_prior is not None:
-            found = [a | b for a, b in zip(found, _of_prior(averaged, images, raters), strict=True)]
-        rows += [{"slice": i, **numbers} for i, numbers in zip(chosen, found, strict=True)]
+        rows += [{"slice": i, **numbers} for i, numbers in zip(chosen, evaluate.measure(raters, samples), strict=True)]
         preview = preview or (images, raters, samples)
     rows = sorted(gather_object(rows), key=lambda row: row.pop("slice"))
     if not accelerator.is_main_process:
         return {}
     numbers = evaluate.summarize(rows)
+    if averaged.mode_prior is not None:
+        numbers |= _of_prior(averaged, held_out)
     records.validation(step, numbers, preview)
     return numbers
 
 
-def _of_prior(model: BerDiff, images: torch.Tensor, raters: torch.Tensor) -> list[dict[str, float]]:
-    """Of the mode prior, for each slice: cross-entropy in nats, and how far P(empty) is from the raters' share."""
+def _of_prior(model: BerDiff, held_out: RaterDataset) -> dict[str, float]:
+    """Of the mode prior: cross-entropy in nats, and the mean square of P(empty) less the raters' share.
+
+    Of more slices than masks are drawn of, since it is cheap, and a best one is chosen by it.
+    """
     assert model.mode_prior is not None
-    p = model.prior(model.preprocess(images).to(next(model.parameters()).device)).double().cpu()
-    classes = size_class(model.output_window.cut(raters), model.mode_prior.edges)
-    shares = torch.nn.functional.one_hot(classes, p.shape[1]).double().mean(1)
-    nats = -(shares * p.clamp(min=1e-7).log()).sum(1)
-    error = (p[:, 0] - shares[:, 0]).square()
-    return [
-        {"prior_cross_entropy": a, "empty_squared_error": b} for a, b in zip(nats.tolist(), error.tolist(), strict=True)
-    ]
+    device, nats, errors = next(model.parameters()).device, [], []
+    chosen = evaluate.spread(len(held_out), _PRIOR_SLICES)
+    for start in range(0, len(chosen), 64):
+        images, raters = held_out.batch(chosen[start : start + 64])
+        p = model.prior(model.preprocess(images).to(device)).double().cpu()
+        classes = size_class(model.output_window.cut(raters), model.mode_prior.edges)
+        shares = torch.nn.functional.one_hot(classes, p.shape[1]).double().mean(1)
+        nats.append(-(shares * p.clamp(min=1e-7).log()).sum(1))
+        errors.append((p[:, 0] - shares[:, 0]).square())
+    return {
+        "prior_cross_entropy": float(torch.cat(nats).mean()),
+        "empty_squared_error": float(torch.cat(errors).mean()),
+    }
 
 
 @contextmanager
