@@ -246,12 +246,15 @@ def parts(args: argparse.Namespace, data: Path, folder: Path) -> list[dict]:
     }
 
     def timed(run: Callable) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        """Seconds; on a CPU, those of all its threads, so that what else runs on the machine counts little."""
+        if device.type == "cpu":
+            start = time.process_time()
+            run()
+            return time.process_time() - start
+        torch.cuda.synchronize()
         start = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         return time.perf_counter() - start
 
     times: dict[tuple[str, int], list[float]] = {(name, i): [] for name in work for i in (0, 1)}

@@ -338,10 +338,10 @@ def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path):
 
 
 def test_two_processes_train_what_one_does(data, tmp_path):
-    def run(processes: int) -> Path:
-        output = tmp_path / str(processes)
+    def run(processes: int, on_device: str = "auto") -> Path:
+        output = tmp_path / f"{processes}-{on_device}"
         words = arguments(config(data, output, steps=30, val_data=data["val_data"], validation_slices=4, device="auto"))
-        command = [*torchrun(processes, tmp_path), *words, "--validation-samples", "2"]
+        command = [*torchrun(processes, tmp_path), *words, "--validation-samples", "2", "--data-on-device", on_device]
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return output
@@ -349,6 +349,7 @@ def test_two_processes_train_what_one_does(data, tmp_path):
     one, two = run(1), run(2)
     a, b = weights(one), weights(two)
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
+    assert_same_weights(two, run(2, "false"))  # by loaders, each of which makes its part of a batch
 
     def losses(output):
         return [json.loads(line).get("loss", 0) for line in (output / "log.jsonl").read_text().splitlines()]
