@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from typing import Any
 
 import numpy as np
@@ -54,3 +55,16 @@ def increasing_pair(name: str, value: Any) -> tuple[float, float]:
     if not good:
         raise ValueError(f"{name} must be (low, high), finite with low < high, got {value!r}")
     return low, high
+
+
+def utf8(name: str, path: str | os.PathLike[str]) -> None:
+    """Refuse a path that is not UTF-8: libraries in C++ end the process over one.
+
+    Raises:
+        ValueError: a byte of the path is not UTF-8.
+    """
+    text = os.fspath(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} must have a path in UTF-8 for this format, got {text}; rename it") from None

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from berdiff_fast import __version__, demo, info, training
+from berdiff_fast import __version__, demo, info, training, words
 from berdiff_fast.backends.select import BACKENDS
 from berdiff_fast.files import write_text
 from berdiff_fast.schedule import METHODS, SPACINGS
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        print(f"berdiff-fast {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"berdiff-fast {options.command}: {words.line(error)}", file=sys.stderr)
         return 1
 
 
@@ -138,6 +138,7 @@ def _add_sample(commands: Any) -> None:
         "--raters", nargs="+", default=[], metavar="FILE", help="masks to compare with, on the same grid"
     )
     command.add_argument("--report", action="store_true", help="also write report.html, to look at")
+    command.add_argument("--anonymize", action="store_true", help="name no file in report.html and summary.json")
     command.add_argument("--winograd", action="store_true", help="faster on a CPU, for a digit less")
     command.add_argument("--max-batch", type=int, metavar="MASKS", help="per call of the network")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
@@ -179,13 +180,28 @@ def _sample(options: argparse.Namespace) -> int:
             model, volume, options.n, options.steps, work=work, progress=not options.quiet, **given
         )
         told = results.provenance(
-            volume, sampled, options.model, scans.fingerprint(model), device, options.series, theirs
+            volume,
+            sampled,
+            options.model,
+            scans.fingerprint(model),
+            device,
+            options.series,
+            theirs,
+            anonymize=options.anonymize,
         )
-        summary = results.write(sampled, options.output, work, provenance=told, raters=raters, report=options.report)
+        summary = results.write(
+            sampled,
+            options.output,
+            work,
+            provenance=told,
+            raters=raters,
+            report=options.report,
+            anonymize=options.anonymize,
+        )
     if options.json:
         print(json.dumps(summary))
     elif not options.quiet:
-        print(results.as_text(summary, options.output))
+        print(words.shown(results.as_text(summary, options.output), lines=True))
     return 0
 
 
@@ -211,6 +227,7 @@ def _add_report(commands: Any) -> None:
     command.add_argument("folder", help="of results")
     command.add_argument("--input", metavar="FILE", help="the scan, if it is no longer where it was")
     command.add_argument("--raters", nargs="+", default=[], metavar="FILE", help="masks to compare with, on its grid")
+    command.add_argument("--anonymize", action="store_true", help="name no file, in a report to be passed on")
     command.set_defaults(run=_report)
 
 
@@ -218,7 +235,9 @@ def _report(options: argparse.Namespace) -> int:
     from berdiff_fast import results
     from berdiff_fast.imaging import volumes
 
-    print(results.report_again(options.folder, options.input, [volumes.read(path) for path in options.raters]))
+    theirs = [volumes.read(path) for path in options.raters]
+    written = results.report_again(options.folder, options.input, theirs, anonymize=options.anonymize)
+    print(words.shown(str(written)))
     return 0
 
 
@@ -243,7 +262,7 @@ def _train(options: argparse.Namespace) -> int:
     run = config.from_arguments(options)
     path = loop.train(run)
     if not run.quiet:
-        print(path)
+        print(words.shown(str(path)))
     training.leave()
     return 0
 
@@ -301,7 +320,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         batch=options.batch,
         table=options.table,
         save_masks=options.save_masks,
-        name=options.model,
+        name=Path(options.model).name,  # without folders
     )
     if state.is_main_process:
         print(json.dumps(summary) if options.json else evaluate.as_text(summary))
@@ -377,7 +396,7 @@ def _bench(options: argparse.Namespace) -> int:
             report.plot(measured, folder / "bench.png")
         except ImportError as error:
             print(f"no picture: {error}", file=sys.stderr)
-        print(f"written: {folder}")
+        print(f"written: {words.shown(str(folder))}")
     for path in options.update:
         if not report.update(path, measured):
             raise ValueError(f"update: {path} has no place for a table, such as <!-- bench: call --> <!-- /bench -->")
@@ -414,7 +433,7 @@ def _demo(options: argparse.Namespace) -> int:
     print(f"  step kernel   {result.step_seconds:8.4f} s  ({result.step_seconds / result.seconds:.2%})")
     print(f"  backend       {result.backend}")
     print(f"  GED           {result.ged:8.3f}    (the raters' majority instead: {result.majority_ged:.3f})")
-    print(f"picture: {result.picture}")
+    print(f"picture: {words.shown(str(result.picture))}")
     return 0
 
 
@@ -494,7 +513,7 @@ def _import(options: argparse.Namespace) -> int:
     if options.json:
         print(report.to_json(), end="")
     elif not options.quiet:
-        print(report.to_text())
+        print(words.shown(report.to_text(), lines=True))
     return 0
 
 

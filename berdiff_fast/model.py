@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from berdiff_fast import checks, mode_draws
+from berdiff_fast import checks, digests, mode_draws, words
 from berdiff_fast.files import write_bytes
 from berdiff_fast.network import official
 from berdiff_fast.network.prior import ModePrior
@@ -348,12 +348,21 @@ class BerDiff(nn.Module):
     def from_config(cls, config: Mapping[str, Any]) -> BerDiff:
         """An untrained model as ``to_config`` described it."""
         if config.get("format") != FORMAT:
-            raise ValueError(f"model format {config.get('format')!r} is unknown; this version reads {FORMAT}")
+            raise ValueError(f"model format {config.get('format')!r:.80} is unknown; this version reads {FORMAT}")
+        for key in ("network", "schedule"):
+            if not isinstance(config[key], Mapping):
+                raise ValueError(f"{key} must be an object, got {config[key]!r:.80}")
         network = dict(config["network"])
         kind = network.pop("type")
         if kind != "UNet":
-            raise ValueError(f"network type must be 'UNet', got {kind!r}")
+            raise ValueError(f"network type must be 'UNet', got {kind!r:.80}")
         preprocessing, prior = config.get("preprocessing"), config.get("mode_prior")
+        if not isinstance(config["rescale_timesteps"], bool):
+            raise ValueError(f"rescale_timesteps must be true or false, got {config['rescale_timesteps']!r:.80}")
+        if not isinstance(preprocessing, (Mapping, type(None))):
+            raise ValueError(f"preprocessing must be an object or null, got {preprocessing!r:.80}")
+        if not isinstance(prior, (Mapping, type(None))):
+            raise ValueError(f"mode_prior must be an object or null, got {prior!r:.80}")
         return cls(
             UNet(**network),
             NoiseSchedule.from_config(config["schedule"]),
@@ -367,11 +376,15 @@ class BerDiff(nn.Module):
             mode_prior=None if prior is None else ModePrior(**prior),
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, follow: bool = True) -> None:
         """Write the model: one file if ``path`` ends in .safetensors, else a directory.
 
-        A file carries the configuration in its header; a directory has it as config.json beside model.safetensors.
-        Each file is written beside its place and renamed, so none is ever half there.
+        A file carries the configuration in its header, with a checksum of all; a directory has it as config.json beside
+        model.safetensors. Each file is written beside its place and renamed, so none is ever half there.
+
+        Args:
+            path: the file or the directory.
+            follow: where a file is a symbolic link, replace the file behind it. In a directory links are replaced.
 
         Raises:
             TypeError: the network is not a ``UNet``.
@@ -379,14 +392,14 @@ class BerDiff(nn.Module):
         """
         config = self.to_config()
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights().items()}
-        data = safetensors.torch.save(weights, metadata={"berdiff_fast": json.dumps(config)})
+        data = safetensors.torch.save(weights, metadata={"berdiff_fast": digests.seal(config, weights)})
         path = Path(path)
         if path.suffix == ".safetensors":
-            write_bytes(path, data)
+            write_bytes(path, data, follow=follow)
         else:
             path.mkdir(parents=True, exist_ok=True)
-            write_bytes(path / _WEIGHTS, data)
-            write_bytes(path / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+            write_bytes(path / _WEIGHTS, data, follow=False)
+            write_bytes(path / _CONFIG, (json.dumps(config, indent=2) + "\n").encode(), follow=False)
 
 
 def bundled_models() -> list[str]:
@@ -420,7 +433,7 @@ def load(name_or_path: str | os.PathLike[str]) -> BerDiff:
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            weights = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read as safetensors (truncated or damaged?): {error}") from error
     if "berdiff_fast" not in metadata:
@@ -428,16 +441,46 @@ def load(name_or_path: str | os.PathLike[str]) -> BerDiff:
             f"{file} does not describe a berdiff_fast model; load_official reads checkpoints of the published code"
         )
     try:
-        model = BerDiff.from_config(json.loads(metadata["berdiff_fast"]))
-        of_prior = {k.removeprefix(_PRIOR): weights.pop(k) for k in list(weights) if k.startswith(_PRIOR)}
-        model.network.load_state_dict(weights)
+        config = digests.parsed(metadata["berdiff_fast"])
+        of_prior = {k.removeprefix(_PRIOR): weights[k] for k in weights if k.startswith(_PRIOR)}
+        of_network = {k: w for k, w in weights.items() if not k.startswith(_PRIOR)}
+        _check_network(config.get("network"), of_network)
+        _check_prior(config.get("mode_prior"), of_prior)
+        model = BerDiff.from_config(config)
+        if unknown := config.keys() - model.to_config().keys():
+            raise ValueError(f"its description has the unknown key {min(unknown)!r:.80}")
+        digests.check(metadata["berdiff_fast"], weights)  # last: what can be said more plainly has been
+        model.network.load_state_dict({name: tensor.float() for name, tensor in of_network.items()})
         if model.mode_prior is not None:
-            model.mode_prior.load_state_dict(of_prior)
-        elif of_prior:
-            raise ValueError("it has weights of a mode prior that it does not describe")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{file} does not hold a complete berdiff_fast model: {error}") from error
+            model.mode_prior.load_state_dict({name: tensor.float() for name, tensor in of_prior.items()})
+    except Exception as error:  # what the header says may be of any kind
+        raise ValueError(f"{file} does not hold a complete berdiff_fast model: {words.line(error)}") from error
     return model.eval()
+
+
+def _check_network(config: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """That the weights are those of the network described, before memory is taken for that.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: they are not, or no network can be described so.
+    """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"network must be an object, got {config!r:.80}")
+    arguments = {name: value for name, value in config.items() if name != "type"}
+    with torch.device("meta"):
+        UNet(**arguments).load_state_dict({name: tensor.to("meta") for name, tensor in weights.items()})
+
+
+def _check_prior(config: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """The same of the mode prior, where there is one."""
+    if config is None:
+        if weights:
+            raise ValueError("it has weights of a mode prior that it does not describe")
+        return
+    if not isinstance(config, Mapping):
+        raise ValueError(f"mode_prior must be an object, got {config!r:.80}")
+    with torch.device("meta"):
+        ModePrior(**config).load_state_dict({name: tensor.to("meta") for name, tensor in weights.items()})
 
 
 def load_official(

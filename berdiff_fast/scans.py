@@ -17,12 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from berdiff_fast import checks, rng
-from berdiff_fast.files import write_text
+from berdiff_fast import checks, limits, locks, rng
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.model import BerDiff
 from berdiff_fast.network.unet import UNet
 from berdiff_fast.sampler import Sampler, sample
+from berdiff_fast.store import Store as _Store
 
 
 def sample_until(
@@ -184,6 +184,7 @@ def sample_volume(
 
     Raises:
         ValueError, TypeError: naming the argument, before any work.
+        BusyError: another call works in ``work``.
     """
     if isinstance(volume, np.ndarray):
         volume = Volume(volume[None] if volume.ndim == 2 else volume)
@@ -198,6 +199,7 @@ def sample_volume(
     count = volume.array.shape[axis]
     first, last = _range("slices", slices, count)
     tiling = _Tiling.of(model, volume, axis, shape, center, roi, overlap)
+    tiling.check_room(sampler.n)
     seeds = rng.image_seeds(seed, len(tiling.tiles))
     plan = {
         "n": sampler.n,
@@ -212,13 +214,22 @@ def sample_volume(
         **({"tile_window": list(tiling.marked)} if tiling.marked != tiling.size else {}),
         "options": {k: str(v) for k, v in options.items() if k not in ("max_batch", "backend")},
     }
-    store = _Store(work, plan, model, volume, (math.ceil(sampler.n / 8), *volume.array.shape))
+    shape_of_bits = (math.ceil(sampler.n / 8), *volume.array.shape)
     device = next(model.parameters()).device
     # Whole slices at a time, as many as fill a call of the network.
     pixels = math.prod(tiling.size) * len(tiling.tiles) * sampler.n
     together = max(1, (2**18 if device.type == "cpu" else 2**23) // pixels)
-    todo = [i for i in range(first, last) if i not in store.done]
-    with _bar(progress, last - first, last - first - len(todo)) as advance:
+    with contextlib.ExitStack() as stack:
+        if work is None:
+            store = _Store.in_memory(shape_of_bits, axis)
+        else:
+            Path(work).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locks.exclusive(Path(work)))
+            done_by = {"contract": rng.DRAW_CONTRACT, "model": fingerprint(model), "volume": volume.fingerprint()}
+            identity = json.dumps({"plan": plan, **done_by}, sort_keys=True)
+            store = _Store(Path(work), identity, shape_of_bits, axis)
+        todo = [i for i in range(first, last) if i not in store.done]
+        advance = stack.enter_context(_bar(progress, last - first, last - first - len(todo)))
         for start in range(0, len(todo), together):
             chosen = todo[start : start + together]
             tiles = torch.cat([tiling.cut(volume.array.take(i, axis)) for i in chosen])
@@ -227,7 +238,7 @@ def sample_volume(
             assert isinstance(masks, torch.Tensor)
             for i, of_slice in zip(chosen, masks[:, :, 0].cpu().split(len(tiling.tiles)), strict=True):
                 bits = np.packbits(tiling.join(of_slice).numpy(), axis=0, bitorder="little")
-                store.put(i, axis, bits)
+                store.put(i, bits)
             advance(len(chosen))
     return SampledVolume(volume, sampler.n, store.bits, plan)
 
@@ -239,6 +250,10 @@ def _range(name: str, given: tuple[int, int] | None, count: int) -> tuple[int, i
     if not 0 <= first < last <= count:
         raise ValueError(f"{name} must be (first, last + 1) within 0 to {count}, got {given}")
     return first, last
+
+
+#: Tiles of a slice; more would only repeat each other.
+_MOST_TILES = 10_000
 
 
 @dataclass(frozen=True)
@@ -302,12 +317,22 @@ class _Tiling:
             tiles = [tuple(round(c * s - t / 2) for c, s, t in zip(center, scale, size, strict=True))]
         else:
             along = [
-                [start - (t - w) // 2 for start in _cover(round(s), x, w, overlap)]
+                [start - (t - w) // 2 for start in _cover(round(s), x, w, float(overlap))]
                 for s, x, t, w in zip(starts, lengths, size, marked, strict=True)
             ]
             tiles = [(r, c) for r in along[0] for c in along[1]]
         inside = (round(starts[0]), round(ends[0]), round(starts[1]), round(ends[1]))
         return cls(original, shape, size, tiles, inside, marked)  # type: ignore[arg-type]
+
+    def check_room(self, n: int) -> None:
+        """Raise ValueError if a slice has more tiles than can be meant, or wants more memory than there is."""
+        tiles, pixels = len(self.tiles), math.prod(self.shape)
+        what = f"a slice of {pixels:,} pixels in {tiles:,} tiles of {self.size[0]} x {self.size[1]}, n = {n:,},"
+        advice = "give a smaller overlap or n, a roi or a center"
+        if tiles > _MOST_TILES:
+            raise ValueError(f"{what} has more than {_MOST_TILES:,} tiles; {advice}")
+        # Of every pixel which tile it belongs to, by float32 and by bool; of every tile its image and its masks.
+        limits.room(what, 5 * tiles * pixels + (n + 8) * (tiles * math.prod(self.size) + pixels), advice)
 
     def cut(self, array: np.ndarray) -> torch.Tensor:
         """The tiles (tiles, h, w) of a slice, filled up with the lowest value where they reach beyond it."""
@@ -363,55 +388,9 @@ def _cover(start: int, length: int, tile: int, overlap: float) -> list[int]:
     """Where tiles begin that cover [start, start + length), evenly spread; a larger one is put in the middle."""
     if tile >= length:
         return [start + (length - tile) // 2]
-    count = 1 + math.ceil((length - tile) / (tile * (1 - overlap)))
+    # Never more than there are places.
+    count = min(1 + math.ceil((length - tile) / (tile * (1 - overlap))), length - tile + 1)
     return [start + round(i * (length - tile) / (count - 1)) for i in range(count)]
-
-
-class _Store:
-    """Bits of the slices that are done, in memory or in a folder that survives an interruption."""
-
-    def __init__(
-        self,
-        folder: str | os.PathLike[str] | None,
-        plan: dict[str, Any],
-        model: BerDiff,
-        volume: Volume,
-        shape: tuple[int, ...],
-    ) -> None:
-        self.done: set[int] = set()
-        self._log: Path | None = None
-        if folder is None:
-            self.bits: np.ndarray = np.zeros(shape, np.uint8)
-            return
-        root = Path(folder)
-        root.mkdir(parents=True, exist_ok=True)
-        done_by = {"contract": rng.DRAW_CONTRACT, "model": fingerprint(model), "volume": volume.fingerprint()}
-        identity = json.dumps({"plan": plan, **done_by}, sort_keys=True)
-        bits, self._log, what = root / "bits.npy", root / "done", root / "plan.json"
-        if not (bits.is_file() and what.is_file() and what.read_text() == identity):
-            self._log.unlink(missing_ok=True)
-            what.unlink(missing_ok=True)
-            np.lib.format.open_memmap(bits, "w+", np.uint8, shape).flush()
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here; later, it would end the process
-                with bits.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, bits.stat().st_size)
-            write_text(what, identity)
-        elif self._log.is_file():
-            whole, _, torn = self._log.read_text().rpartition("\n")
-            self.done = {int(line) for line in whole.split()}
-            if torn:  # a line that an interruption cut short
-                write_text(self._log, "".join(f"{i}\n" for i in sorted(self.done)))
-        self.bits = np.lib.format.open_memmap(bits, "r+")
-
-    def put(self, index: int, axis: int, bits: np.ndarray) -> None:
-        where: list[Any] = [slice(None)] * 4
-        where[axis + 1] = index
-        self.bits[tuple(where)] = bits
-        if self._log is not None:
-            assert isinstance(self.bits, np.memmap)
-            self.bits.flush()
-            with self._log.open("a") as file:  # after the bits: what is listed is there
-                file.write(f"{index}\n")
 
 
 def fingerprint(model: BerDiff) -> str:

@@ -364,7 +364,7 @@ def test_raters(tmp_path, model_path, capsys):
     raters = ["--raters", tmp_path / "rater0.nii.gz", tmp_path / "rater1.nii.gz"]
     assert command(*arguments, *raters) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["rater_files"] == [str(path) for path in raters[1:]]
+    assert summary["rater_files"] == [path.name for path in raters[1:]]
     found = summary["raters"]
     theirs = torch.stack([torch.from_numpy(np.roll(volume.array > 0, k, 2)) for k in range(2)])[None, :, None]
     ours = torch.from_numpy(draw(bf.load(model_path), volume).masks)[None, :, None]

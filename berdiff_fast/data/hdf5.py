@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ import h5py
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+
+from berdiff_fast import limits
+from berdiff_fast.data import contained
 
 #: Datasets beside ``image`` and ``mask`` that say where a slice comes from; each (N,) and optional.
 PROVENANCE = ("patient_id", "nodule", "slice")
@@ -43,7 +47,8 @@ class RaterDataset(Dataset):
             raise FileNotFoundError(f"path: there is no file {str(self.path)!r}")
         self._file: h5py.File | None = None
         self._owner = -1
-        with self._open() as file:
+        self._sets: Any = None  # image and mask of that file
+        with self._open() as file, contained.reading(self.path):
             image, mask = self._datasets(file)
             self._length = len(image)
             self.image_size: tuple[int, int] = (image.shape[-2], image.shape[-1])
@@ -52,14 +57,15 @@ class RaterDataset(Dataset):
             self.mask_channels: int = 1 if mask.ndim == 4 else mask.shape[2]
             self.provenance: dict[str, np.ndarray] = {}
             for name in PROVENANCE:
-                if name in file:
-                    if file[name].shape != (self._length,):
-                        raise ValueError(
-                            f"{self.path}: {name} must have shape ({self._length},), got {file[name].shape}"
-                        )
-                    if file[name].dtype.kind not in "iu":
-                        raise ValueError(f"{self.path}: {name} must hold integers, got {file[name].dtype}")
-                    self.provenance[name] = file[name][()]
+                with contained.reading(self.path, name):
+                    found = contained.dataset(file, name)
+                    if found is None:
+                        continue
+                    if found.shape != (self._length,):
+                        raise ValueError(f"{self.path}: {name} must have shape ({self._length},), got {found.shape}")
+                    if found.dtype.kind not in "iu":
+                        raise ValueError(f"{self.path}: {name} must hold integers, got {found.dtype}")
+                    self.provenance[name] = contained.whole(found)
             self._memory: tuple[np.ndarray, np.ndarray] | None = None
             if in_memory:
                 self._memory = self._read_all(image, mask)
@@ -67,14 +73,17 @@ class RaterDataset(Dataset):
     def _open(self) -> h5py.File:
         try:
             return h5py.File(self.path, "r")
-        except OSError as error:
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise ValueError(f"{self.path} cannot be read as HDF5 (truncated or damaged?): {error}") from error
 
     def _datasets(self, file: h5py.File) -> tuple[h5py.Dataset, h5py.Dataset]:
+        found = {}
         for name in ("image", "mask"):
-            if not isinstance(file.get(name), h5py.Dataset):
+            with contained.reading(self.path, name):
+                found[name] = contained.dataset(file, name)
+            if found[name] is None:
                 raise ValueError(f"{self.path} has no dataset {name!r}; it has {sorted(file)}")
-        image, mask = file["image"], file["mask"]
+        image, mask = found["image"], found["mask"]
         if image.ndim not in (3, 4) or image.dtype.kind not in "uif":
             raise ValueError(
                 f"{self.path}: image must be (N, H, W) or (N, C, H, W) real numbers, got {image.dtype} {image.shape}"
@@ -87,6 +96,10 @@ class RaterDataset(Dataset):
             raise ValueError(f"{self.path}: mask {mask.shape} does not fit image {image.shape}")
         if 0 in image.shape or 0 in mask.shape:
             raise ValueError(f"{self.path} is empty: image {image.shape}, mask {mask.shape}")
+        for name, data in (("image", image), ("mask", mask)):
+            one = math.prod(data.shape[1:]) * data.dtype.itemsize
+            limits.plausible(f"{self.path}: a slice of {name!r}", one, data.id.get_storage_size())
+            limits.room(f"{self.path}: a slice of {name!r}", one)
         return image, mask
 
     def _check(self, images: np.ndarray, masks: np.ndarray, first: int) -> None:
@@ -101,7 +114,11 @@ class RaterDataset(Dataset):
                 raise ValueError(f"{self.path}: image of slice {first + bad[0]} has NaN or infinite values")
 
     def _read_all(self, image: h5py.Dataset, mask: h5py.Dataset) -> tuple[np.ndarray, np.ndarray]:
-        images, masks = image[()], mask[()]
+        advice = "in_memory=False (--no-in-memory) reads slice by slice"
+        with contained.reading(self.path, "image"):
+            images = contained.whole(image, advice)
+        with contained.reading(self.path, "mask"):
+            masks = contained.whole(mask, advice)
         # In pieces: a comparison of the whole would need as much memory again.
         for i in range(0, self._length, 1024):
             self._check(images[i : i + 1024], masks[i : i + 1024], i)
@@ -130,8 +147,13 @@ class RaterDataset(Dataset):
         else:
             # An HDF5 handle must not be shared with a forked worker.
             if self._file is None or self._owner != os.getpid():
-                self._file, self._owner = self._open(), os.getpid()
-            image, mask = self._file["image"][index], self._file["mask"][index, raters]
+                file = self._open()
+                with contained.reading(self.path):
+                    self._sets = self._datasets(file)
+                self._file, self._owner = file, os.getpid()
+            of_images, of_masks = self._sets
+            with contained.reading(self.path, f"slice {index}"):
+                image, mask = of_images[index], of_masks[index, raters]
             self._check(image[None], mask[None], index)
         height, width = self.image_size
         native = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("="))
@@ -180,7 +202,7 @@ class RaterDataset(Dataset):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_file": None, "_sets": None}
 
     def batch(self, indices: range | list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, C, H, W) and masks (B, R, K, H, W) of some slices."""

@@ -23,7 +23,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from berdiff_fast.data import pixels
+from berdiff_fast.data import contained, pixels
 from berdiff_fast.files import whole_file
 
 #: Formats by the ends of file names.
@@ -164,9 +164,10 @@ def _read_numpy(path: Path, series: str | None) -> Volume:
 
 def _read_hdf5(path: Path, series: str | None) -> Volume:
     with h5py.File(path) as file:
-        if "image" not in file:
+        found = contained.dataset(file, "image")
+        if found is None:
             raise ValueError(f"must have a dataset 'image', got {sorted(file)}")
-        array = file["image"][()]
+        array = contained.whole(found)
     return Volume(array[None] if array.ndim == 2 else array, format="hdf5", path=path)
 
 

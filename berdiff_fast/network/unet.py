@@ -380,6 +380,17 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+#: Far beyond what is of use, and well below what takes minutes only to describe: a file may ask for anything.
+_MOST_LEVELS = 16
+_MOST = {
+    "in_channels": 2**12,
+    "img_channels": 2**12,
+    "model_channels": 2**18,
+    "num_res_blocks": 64,
+    "patch_size": 2**8,
+}
+
+
 def _check_config(config: dict[str, Any]) -> None:
     for name in (
         "in_channels",
@@ -391,13 +402,21 @@ def _check_config(config: dict[str, Any]) -> None:
         "patch_size",
     ):
         if not _is_count(config[name]):
-            raise ValueError(f"{name} must be a positive int, got {config[name]!r}")
+            raise ValueError(f"{name} must be a positive int, got {config[name]!r:.80}")
     if not _is_count(config.get("num_classes", 1)):
-        raise ValueError(f"num_classes must be a positive int, or 0 for none, got {config['num_classes']!r}")
+        raise ValueError(f"num_classes must be a positive int, or 0 for none, got {config['num_classes']!r:.80}")
     for name in ("channel_mult", "attention_resolutions"):
         values = config[name]
         if not isinstance(values, list) or not all(_is_count(value) for value in values):
-            raise ValueError(f"{name} must be a list or tuple of positive ints, got {values!r}")
+            raise ValueError(f"{name} must be a list or tuple of positive ints, got {values!r:.200}")
+        if len(values) > _MOST_LEVELS:
+            raise ValueError(f"{name} must have at most {_MOST_LEVELS} entries, got {len(values)}")
+    for name, most in _MOST.items():
+        if config[name] > most:
+            raise ValueError(f"{name} must be at most {most}, got {config[name]!r:.80}")
+    if max(config["channel_mult"], default=1) * config["model_channels"] > _MOST["model_channels"]:
+        widest = max(config["channel_mult"]) * config["model_channels"]
+        raise ValueError(f"channel_mult must keep levels to {_MOST['model_channels']} channels, got {widest:.80g}")
     for name in ("conv_resample", "use_scale_shift_norm"):
         if not isinstance(config[name], bool):
             raise ValueError(f"{name} must be True or False, got {config[name]!r}")

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 import berdiff_fast
 from berdiff_fast import checks, metrics, rng
 from berdiff_fast.data.hdf5 import RaterDataset
-from berdiff_fast.files import write_bytes, write_text
+from berdiff_fast.files import remove_link, write_bytes, write_text
 from berdiff_fast.model import BerDiff
 from berdiff_fast.network.unet import check_size
 from berdiff_fast.sampler import Sampler, sample
@@ -229,7 +229,7 @@ def evaluate(
     _write_table(output, table, rows)
     if save_masks:
         _write_masks(output / "masks.h5", kept, slices)
-    write_text(output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text(output / "summary.json", json.dumps(summary, indent=1) + "\n", follow=False)
     _draw_cases(output / "cases.png", slices, rows, dict(kept))
     return summary
 
@@ -281,13 +281,13 @@ def _write_table(output: Path, table: str, rows: Sequence[dict[str, Any]]) -> No
 
         data = io.BytesIO()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(flat), data)
-        write_bytes(output / "slices.parquet", data.getvalue())
+        write_bytes(output / "slices.parquet", data.getvalue(), follow=False)
         return
     text = io.StringIO()
     writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in flat)
-    write_text(output / "slices.csv", text.getvalue())
+    write_text(output / "slices.csv", text.getvalue(), follow=False)
 
 
 def _write_masks(path: Path, kept: Sequence[tuple[int, np.ndarray]], slices: RaterDataset) -> None:
@@ -298,7 +298,7 @@ def _write_masks(path: Path, kept: Sequence[tuple[int, np.ndarray]], slices: Rat
     with h5py.File(data, "w") as file:
         file.create_dataset("mask", data=masks, compression="gzip", chunks=(1, *masks.shape[1:]))
         file["index"] = np.array([index for index, _ in kept])
-    write_bytes(path, data.getvalue())
+    write_bytes(path, data.getvalue(), follow=False)
 
 
 def _draw_cases(path: Path, slices: RaterDataset, rows: Sequence[dict[str, Any]], kept: dict[int, np.ndarray]) -> None:
@@ -315,6 +315,7 @@ def _draw_cases(path: Path, slices: RaterDataset, rows: Sequence[dict[str, Any]]
     packed = np.stack([kept[row["index"]] for row in cases.values()])
     samples = torch.from_numpy(np.unpackbits(packed, axis=-1, count=width).astype(bool))
     labels = [f"{case}: slice {row['index']}, GED {row['model']['ged']:.3f}" for case, row in cases.items()]
+    remove_link(path)
     figures.contact_sheet(
         path, images[:, 0].float(), samples[:, :, 0], raters=raters[:, :, 0], labels=labels, title="Best, median, worst"
     )

@@ -25,12 +25,13 @@ from torch import nn
 from berdiff_fast import ops, rng
 from berdiff_fast.data.examples import TrainingExamples
 from berdiff_fast.data.hdf5 import RaterDataset, check_disjoint
-from berdiff_fast.files import write_text
+from berdiff_fast.files import own_folder, write_text
 from berdiff_fast.model import BerDiff, load
 from berdiff_fast.network.prior import size_class
 from berdiff_fast.training import checkpoints, evaluate, feed, on_cpu
 from berdiff_fast.training.average import Average
 from berdiff_fast.training.config import TrainConfig
+from berdiff_fast.training.folder import run_folder
 from berdiff_fast.training.precision import fast_arithmetic
 from berdiff_fast.training.records import Records
 
@@ -50,6 +51,7 @@ def train(config: TrainConfig) -> Path:
         The path of ``model.safetensors``; of the newest checkpoint if the run was stopped by SIGTERM.
 
     Raises:
+        BusyError: another run is at work in ``config.output``.
         ValueError, FileNotFoundError: data, config or checkpoint that do not fit; see there.
         FloatingPointError: the loss is not finite.
     """
@@ -72,6 +74,12 @@ def train(config: TrainConfig) -> Path:
             f"batch_size must be a multiple of accumulation x processes, {config.accumulation} x "
             f"{accelerator.num_processes}, got {config.batch_size}"
         )
+    with run_folder(Path(config.output), accelerator):
+        return _train(config, slices, held_out, accelerator)
+
+
+def _train(config: TrainConfig, slices: RaterDataset, held_out: RaterDataset | None, accelerator: Accelerator) -> Path:
+    """``train``, once the data are checked and the folder is ours alone."""
     torch.manual_seed(rng.signed64(rng.splitmix64(config.seed, 0)))
     model = config.build_model(slices.mask_channels, slices.img_channels, slices.image_size)
     assert model.preprocessing is not None
@@ -101,13 +109,12 @@ def train(config: TrainConfig) -> Path:
     output = Path(config.output)
     folder = output / "checkpoints"
     first, extra = 0, {}
-    if (checkpoint := checkpoints.newest(folder)) is not None:
-        checkpoints.restore(checkpoint, config, model.network, ema, optimizer, priors)
+    if (checkpoint := checkpoints.resume(folder, config, model.network, ema, optimizer, priors)) is not None:
         first, extra = checkpoint.step, checkpoint.extra
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        own_folder(folder)
         checkpoints.remove_unfinished(folder)
-        write_text(output / "config.yaml", config.to_yaml())
+        write_text(output / "config.yaml", config.to_yaml(), follow=False)
 
     examples = TrainingExamples(
         slices,
@@ -197,7 +204,7 @@ def train(config: TrainConfig) -> Path:
                 numbers = _validate(config, averaged, held_out, records, done, accelerator)
                 if numbers and numbers["ged"] < extra.get("best_ged", float("inf")):
                     extra |= {"best_ged": numbers["ged"], "best_step": done}
-                    averaged.save(output / "best.safetensors")
+                    averaged.save(output / "best.safetensors", follow=False)
                 if priors and numbers and numbers["prior_cross_entropy"] < extra.get("best_prior", float("inf")):
                     extra |= {"best_prior": numbers["prior_cross_entropy"], "best_prior_step": done}
                     priors[2].load_state_dict(averages[1].model.module.state_dict())
@@ -210,7 +217,7 @@ def train(config: TrainConfig) -> Path:
         if accelerator.is_main_process:
             if config.prior_keep_best and "best_prior" in extra:
                 averaged.mode_prior = priors[2]  # type: ignore[assignment]
-            averaged.save(output / "model.safetensors")
+            averaged.save(output / "model.safetensors", follow=False)
     accelerator.wait_for_everyone()
     return output / "model.safetensors"
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from berdiff_fast.files import write_text
+from berdiff_fast.files import append_text, own_folder, remove_link, write_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,12 +36,12 @@ class Records:
             return
         kept = []
         if self._log.is_file():
-            for line in self._log.read_text().splitlines():
+            for line in self._log.read_text(errors="replace").splitlines():
                 try:
                     kept += [line] if json.loads(line)["step"] <= first else []
-                except (ValueError, KeyError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     break  # the line that a killed process was writing
-        write_text(self._log, "".join(line + "\n" for line in kept))
+        write_text(self._log, "".join(line + "\n" for line in kept), follow=False)
         if config.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -123,10 +123,10 @@ class Records:
         except ImportError:
             return
         images, raters, samples = (x[:4] for x in preview)
-        folder = self.output / "previews"
-        folder.mkdir(exist_ok=True)
+        path = own_folder(self.output / "previews") / f"step-{step:08d}.png"
+        remove_link(path)
         figures.contact_sheet(
-            folder / f"step-{step:08d}.png",
+            path,
             images[:, 0].float(),
             samples[:, :, 0],
             raters=raters[:, :, 0],
@@ -136,8 +136,7 @@ class Records:
     def _write(self, step: int, numbers: dict[str, float]) -> None:
         if not self.enabled:
             return
-        with self._log.open("a") as file:
-            file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in numbers.items()}}) + "\n")
+        append_text(self._log, json.dumps({"step": step, **{k: round(v, 6) for k, v in numbers.items()}}) + "\n")
         if self._board is not None:
             for name, value in numbers.items():
                 self._board.add_scalar(name.replace("validation_", "validation/"), value, step)
