@@ -127,6 +127,12 @@ def _add_sample(commands: Any) -> None:
         "--roi", type=int, nargs=4, metavar=("ROW", "END", "COLUMN", "END"), help="rows and columns to keep to"
     )
     command.add_argument("--overlap", type=float, default=0.25, help="of tiles (default: %(default)s)")
+    command.add_argument(
+        "--modes",
+        nargs="+",
+        metavar="CLASS",
+        help="of a model with a mode prior: only masks of these size classes, or: non-empty",
+    )
     command.add_argument("--series", metavar="UID", help="of a DICOM folder that holds several")
     command.add_argument(
         "--raters",
@@ -171,6 +177,9 @@ def _sample(options: argparse.Namespace) -> int:
         max_batch=options.max_batch,
         prepare="winograd" if options.winograd else True,
     )
+    if options.modes is not None:
+        words = options.modes
+        given["modes"] = words[0] if not words[0].isdecimal() else [int(w) if w.isdecimal() else w for w in words]
     with results.folder(options.output, volume, options.n, raters=theirs, overwrite=options.overwrite) as work:
         sampled = scans.sample_volume(
             model, volume, options.n, options.steps, work=work, progress=not options.quiet, **given
@@ -253,7 +262,10 @@ def _train(options: argparse.Namespace) -> int:
     training.require()
     from berdiff_fast.training import config, loop
 
-    print(words.shown(str(loop.train(config.from_arguments(options)))))
+    run = config.from_arguments(options)
+    path = loop.train(run)
+    if not run.quiet:
+        print(words.shown(str(path)))
     training.leave()
     return 0
 

@@ -38,7 +38,8 @@ def sample_until(
     """Draw masks until their mean is known well enough: the same masks that a larger n would have given.
 
     The standard error of the mean map at a pixel is sqrt(p (1 - p) / n), with p = (marked + 1) / (n + 2), so that a
-    few masks that agree are not taken for certainty (Laplace's rule of succession).
+    few masks that agree are not taken for certainty (Laplace's rule of succession). That is for independent masks;
+    those of a model with a mode prior are spread evenly over their classes, and their mean is off by less.
 
     Args:
         model, img: as in ``sample``.
@@ -127,8 +128,11 @@ def sampled_region(plan: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarra
         tuple(plan["tile_pixels"]),
         [(row, column) for row, column in plan["tiles"]],
         tuple(plan["inside"]),
+        tuple(plan.get("tile_window", plan["tile_pixels"])),
     )
-    everywhere = torch.ones(len(tiling.tiles), 1, *tiling.size, dtype=torch.bool)
+    everywhere = torch.zeros(len(tiling.tiles), 1, *tiling.size, dtype=torch.bool)
+    (top, left), (height, width) = tiling.margin, tiling.marked
+    everywhere[..., top : top + height, left : left + width] = True
     region = np.zeros(shape, bool)
     np.moveaxis(region, axis, 0)[first:last] = tiling.join(everywhere)[0].numpy()
     return region
@@ -157,7 +161,8 @@ def sample_volume(
 
     A slice is resampled to the model's ``pixel_spacing`` if it has one, and cut into tiles of the model's ``size`` if
     it has one and the slice is larger. Each tile is scaled by ``model.preprocess`` on its own, as in training. Where
-    tiles overlap, a voxel belongs to the tile whose middle is nearest. Everything is undone on the way back.
+    tiles overlap, a voxel belongs to the tile whose middle is nearest. Of a model that denoises a window only
+    (``output_crop``), it is the windows that cover the slice. Everything is undone on the way back.
 
     Args:
         model: a ``BerDiff`` of images with one channel, with its preprocessing.
@@ -207,6 +212,7 @@ def sample_volume(
         "tile_pixels": list(tiling.size),
         "inside": list(tiling.inside),
         "resampled_to": list(tiling.shape),
+        **({"tile_window": list(tiling.marked)} if tiling.marked != tiling.size else {}),
         "options": {k: str(v) for k, v in options.items() if k not in ("max_batch", "backend")},
     }
     shape_of_bits = (math.ceil(sampler.n / 8), *volume.array.shape)
@@ -262,6 +268,12 @@ class _Tiling:
     size: tuple[int, int]  # of a tile
     tiles: list[tuple[int, int]]  # first row and column of each, which may lie outside
     inside: tuple[int, int, int, int]  # rows and columns that may be marked
+    marked: tuple[int, int]  # the middle of a tile, in which the model marks anything
+
+    @property
+    def margin(self) -> tuple[int, int]:
+        """Rows above it, and columns to the left."""
+        return (self.size[0] - self.marked[0]) // 2, (self.size[1] - self.marked[1]) // 2
 
     @classmethod
     def of(
@@ -287,9 +299,7 @@ class _Tiling:
             of_slice = np.delete(np.array(volume.spacing)[::-1], axis)
             scale = [float(s / t) for s, t in zip(of_slice, model.preprocessing.pixel_spacing, strict=True)]
         shape = tuple(max(1, round(size * s)) for size, s in zip(original, scale, strict=True))
-        factor = 1  # that the network wants sizes to be multiples of
-        if isinstance(model.network, UNet):
-            factor = model.network.downsampling
+        factor = model.size_multiple
         region = (0, original[0], 0, original[1])
         if roi is not None:
             if len(roi) != 4:
@@ -299,7 +309,9 @@ class _Tiling:
         ends = [region[1] * scale[0], region[3] * scale[1]]
         lengths = [max(1, round(e - s)) for s, e in zip(starts, ends, strict=True)]
         wanted = model.preprocessing.size or tuple(lengths)
-        size = tuple(-(-x // factor) * factor for x in wanted)
+        window = model.output_window.size
+        size = tuple(max(-(-x // factor) * factor, window) for x in wanted)
+        marked = (window, window) if window else size  # what of a tile can be marked: this is to cover the region
         if center is not None:
             if model.preprocessing.size is None:
                 raise ValueError("center needs a model that knows the size of its images; give roi instead")
@@ -307,10 +319,13 @@ class _Tiling:
                 raise ValueError(f"center must be (row, column) within {original}, got {tuple(center)}")
             tiles = [tuple(round(c * s - t / 2) for c, s, t in zip(center, scale, size, strict=True))]
         else:
-            along = [_cover(round(s), x, t, float(overlap)) for s, x, t in zip(starts, lengths, size, strict=True)]
+            along = [
+                [start - (t - w) // 2 for start in _cover(round(s), x, w, float(overlap))]
+                for s, x, t, w in zip(starts, lengths, size, marked, strict=True)
+            ]
             tiles = [(r, c) for r in along[0] for c in along[1]]
         inside = (round(starts[0]), round(ends[0]), round(starts[1]), round(ends[1]))
-        return cls(original, shape, size, tiles, inside)  # type: ignore[arg-type]
+        return cls(original, shape, size, tiles, inside, marked)  # type: ignore[arg-type]
 
     def check_room(self, n: int) -> None:
         """Raise ValueError if a slice has more tiles than can be meant, or wants more memory than there is."""
@@ -373,12 +388,13 @@ class _Tiling:
         )
 
     def _owned(self) -> list[torch.Tensor]:
-        """For each tile, bool (H, W): the pixels whose nearest middle, in sizes of a tile, is its. It has them all."""
+        """For each tile, bool (H, W): the pixels closer to its middle than to any other's, in sizes of its window."""
         rows = torch.arange(self.shape[0])[:, None] + 0.5
         columns = torch.arange(self.shape[1])[None] + 0.5
-        middles = [(row + self.size[0] / 2, column + self.size[1] / 2) for row, column in self.tiles]
+        (top, left), (height, width) = self.margin, self.marked
+        middles = [(row + top + height / 2, column + left + width / 2) for row, column in self.tiles]
         nearest = torch.stack(
-            [torch.maximum((rows - r).abs() / self.size[0], (columns - c).abs() / self.size[1]) for r, c in middles]
+            [torch.maximum((rows - r).abs() / height, (columns - c).abs() / width) for r, c in middles]
         ).argmin(0)
         top, bottom, left, right = self.inside
         allowed = torch.zeros(self.shape, dtype=torch.bool)
@@ -404,8 +420,13 @@ def fingerprint(model: BerDiff) -> str:
         "rescale_timesteps": model.rescale_timesteps,
         "preprocessing": repr(model.preprocessing),
     }
+    # Only what is used: models without it are called what they were.
+    if not model.output_window.plain:
+        what["window"] = repr(model.output_window)
+    if model.mode_prior is not None:
+        what["mode_prior"] = model.mode_prior.config
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
-    for name, tensor in model.network.state_dict().items():
+    for name, tensor in model.weights().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,7 @@ class RaterDataset(Dataset):
             self.names_patients = "patient_id" in self.provenance and file.attrs.get("source") not in _CASES
             self._memory: tuple[np.ndarray, np.ndarray] | None = None
             if in_memory:
-                advice = "in_memory=False (--no-in-memory) reads slice by slice"
-                with contained.reading(self.path, "image"):
-                    images = contained.whole(image, advice)
-                with contained.reading(self.path, "mask"):
-                    masks = contained.whole(mask, advice)
-                # In pieces: a comparison of the whole would need as much memory again.
-                for i in range(0, self._length, 1024):
-                    self._check(images[i : i + 1024], masks[i : i + 1024], i)
-                self._memory = images, masks.astype(bool, copy=False)
+                self._memory = self._read_all(image, mask)
 
     def _open(self) -> h5py.File:
         try:
@@ -129,6 +122,17 @@ class RaterDataset(Dataset):
             if len(bad):
                 raise ValueError(f"{self.path}: image of slice {first + bad[0]} has NaN or infinite values")
 
+    def _read_all(self, image: h5py.Dataset, mask: h5py.Dataset) -> tuple[np.ndarray, np.ndarray]:
+        advice = "in_memory=False (--no-in-memory) reads slice by slice"
+        with contained.reading(self.path, "image"):
+            images = contained.whole(image, advice)
+        with contained.reading(self.path, "mask"):
+            masks = contained.whole(mask, advice)
+        # In pieces: a comparison of the whole would need as much memory again.
+        for i in range(0, self._length, 1024):
+            self._check(images[i : i + 1024], masks[i : i + 1024], i)
+        return images, masks.astype(bool, copy=False)
+
     def __len__(self) -> int:
         return self._length
 
@@ -165,6 +169,45 @@ class RaterDataset(Dataset):
         return (
             torch.from_numpy(native.copy()).reshape(self.img_channels, height, width),
             torch.from_numpy(mask.astype(bool)).reshape(-1, self.mask_channels, height, width),
+        )
+
+    def rows(
+        self, indices: Sequence[int] | np.ndarray, raters: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Images (B, C, H, W) in the file's dtype and masks (B, R, K, H, W) bool of some slices.
+
+        Args:
+            indices: B of them, in [0, N).
+            raters: (B,), the one rater of each slice whose mask is wanted: masks are (B, 1, K, H, W) then.
+        """
+        if self._memory is None:
+            if raters is None:
+                read = [self[int(i)] for i in indices]
+            else:
+                one = [self.one_rater(int(i), int(r)) for i, r in zip(indices, raters, strict=True)]
+                read = [(image, mask[None]) for image, mask in one]
+            return np.stack([image.numpy() for image, _ in read]), np.stack([mask.numpy() for _, mask in read])
+        images, masks = self._memory
+        masks = masks[indices] if raters is None else masks[indices, raters][:, None]
+        return self._shaped(images[indices], masks)
+
+    def whole(self) -> tuple[np.ndarray, np.ndarray]:
+        """All images (N, C, H, W) and masks (N, R, K, H, W) bool; without a copy if the file is in memory."""
+        if self._memory is None:
+            with self._open() as file, contained.reading(self.path):
+                return self._shaped(*self._read_all(*self._datasets(file)))
+        return self._shaped(*self._memory)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the file was read at once."""
+        return self._memory is not None
+
+    def _shaped(self, images: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        native = np.ascontiguousarray(images, dtype=images.dtype.newbyteorder("="))
+        return (
+            native.reshape(len(images), self.img_channels, *self.image_size),
+            masks.reshape(len(masks), -1, self.mask_channels, *self.image_size),
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -26,11 +26,12 @@ logger = logging.getLogger("berdiff_fast")
 
 FORMAT = 1
 _KEY = "berdiff_fast_training"
+_PRIORS = ("prior", "prior_ema", "prior_best")
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 #: Fields that a run may change when it goes on: they touch nothing that is learnt but its rounding, and its length.
 _FREE = {"output", "train_data", "val_data", "in_memory", "workers", "device", "compile", "channels_last", "steps"}
-_FREE |= {"log_every", "checkpoint_every", "keep", "tensorboard"}
+_FREE |= {"log_every", "checkpoint_every", "keep", "tensorboard", "quiet", "data_on_device", "accumulation"}
 _FREE |= {f"validation_{k}" for k in ("slices", "samples", "steps", "method")} | {"validate_every", "spacing"}
 
 
@@ -53,14 +54,20 @@ def save(
     ema: nn.Module,
     optimizer: torch.optim.Optimizer,
     extra: dict[str, Any],
+    prior: tuple[nn.Module, ...] = (),
 ) -> Path:
     """Write the state after ``step`` optimiser steps and delete all but the newest ``config.keep`` checkpoints.
+
+    Args:
+        prior: the mode prior, its average and the best one so far, of a model that has one.
 
     Raises:
         OSError: it cannot be written; earlier checkpoints are as they were.
     """
     tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    for prefix, module in zip(_PRIORS, prior, strict=False):
+        tensors |= {f"{prefix}.{k}": v for k, v in module.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
     header = {"format": FORMAT, "step": step, "config": config.to_dict(), "extra": extra}
@@ -86,7 +93,12 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 def resume(
-    folder: Path, config: TrainConfig, network: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path,
+    config: TrainConfig,
+    network: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    prior: tuple[nn.Module, ...] = (),
 ) -> Checkpoint | None:
     """Put the newest checkpoint that is whole into a run of the same config; those that are not are named in warnings.
 
@@ -99,7 +111,7 @@ def resume(
     misfit: MisfitError | None = None
     for checkpoint in _readable(folder):
         try:
-            restore(checkpoint, config, network, ema, optimizer)
+            restore(checkpoint, config, network, ema, optimizer, prior)
             return checkpoint
         except MisfitError as error:
             misfit = misfit or error
@@ -155,6 +167,7 @@ def restore(
     network: nn.Module,
     ema: nn.Module,
     optimizer: torch.optim.Optimizer,
+    prior: tuple[nn.Module, ...] = (),
 ) -> None:
     """Put a checkpoint's state into a run of the same config.
 
@@ -184,6 +197,8 @@ def restore(
     try:
         network.load_state_dict(part("network."))
         ema.load_state_dict(part("ema."))
+        for prefix, module in zip(_PRIORS, prior, strict=False):
+            module.load_state_dict(part(f"{prefix}."))
     except RuntimeError as error:
         raise MisfitError(f"{checkpoint.path} is of another architecture: {' '.join(str(error).split())}") from None
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -193,6 +208,9 @@ def restore(
         fits = index.isdecimal() and int(index) < len(parameters)
         if not fits or tensor.shape not in ((), parameters[int(index)].shape):
             raise MisfitError(f"{checkpoint.path} has a state of another optimizer: {name} {tuple(tensor.shape)}")
+        if tensor.shape == (parameter := parameters[int(index)]).shape:
+            # In the parameter's order in memory, channels last perhaps: AdamW's fused kernel goes by addresses alone.
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(int(index), {})[key] = tensor
     if len({frozenset(of) for of in state.values()}) > 1 or len(state) not in (0, len(parameters)):
         raise MisfitError(f"{checkpoint.path} lacks a part of the optimizer's state")

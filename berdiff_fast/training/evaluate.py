@@ -21,7 +21,7 @@ from berdiff_fast import checks, metrics, rng
 from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.files import remove_link, write_bytes, write_text
 from berdiff_fast.model import BerDiff
-from berdiff_fast.network.unet import UNet, check_size
+from berdiff_fast.network.unet import check_size
 from berdiff_fast.sampler import Sampler, sample
 from berdiff_fast.training import findings
 
@@ -173,8 +173,8 @@ def evaluate(
     chosen = choose(len(slices), count, seed)
     # All that can be refused is refused before the folder is made.
     Sampler(model, n, **options)
-    if isinstance(model.network, UNet):
-        check_size(slices.image_size, model.network.downsampling)
+    check_size(slices.image_size, model.size_multiple)
+    model.output_window.check(f"images of {slices.path}", slices.image_size)
     slices.batch(chosen[:1])
     output.mkdir(parents=True, exist_ok=True)
 
@@ -261,7 +261,7 @@ def as_text(summary: dict[str, Any]) -> str:
 
 def _fingerprint(model: BerDiff) -> str:
     digest = hashlib.sha256()
-    for key, tensor in sorted(model.network.state_dict().items()):
+    for key, tensor in sorted(model.weights().items()):
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
