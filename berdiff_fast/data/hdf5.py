@@ -184,8 +184,8 @@ class RaterDataset(Dataset):
 
     def batch(self, indices: range | list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, C, H, W) and masks (B, R, K, H, W) of some slices."""
-        images, masks = zip(*(self[i] for i in indices), strict=True)
-        return torch.stack(images), torch.stack(masks)
+        images, masks = self.rows(indices)
+        return torch.from_numpy(images), torch.from_numpy(masks)
 
     def describe(self, index: int) -> dict[str, int]:
         """Where a slice comes from: its index and what of patient_id, nodule and slice the file tells."""
