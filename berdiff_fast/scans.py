@@ -37,8 +37,8 @@ def sample_until(
     """Draw masks until their mean is known well enough: the same masks that a larger n would have given.
 
     The standard error of the mean map at a pixel is sqrt(p (1 - p) / n), with p = (marked + 1) / (n + 2), so that a
-    few masks that agree are not taken for certainty (Laplace's rule of succession). That is for independent masks; those of
-    a model with a mode prior are spread evenly over their classes, and their mean is off by less.
+    few masks that agree are not taken for certainty (Laplace's rule of succession). That is for independent masks;
+    those of a model with a mode prior are spread evenly over their classes, and their mean is off by less.
 
     Args:
         model, img: as in ``sample``.

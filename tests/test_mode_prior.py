@@ -9,6 +9,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from support import ALPHA, CPU_BACKENDS, FASTEST, METHODS, PREDICTIONS, Toy, assert_binomial, threads, toy_image
 from torch import nn
@@ -527,3 +528,21 @@ def test_the_command_draws_what_is_asked_for(tmp_path, capsys):
     assert cli.main(["sample", str(tmp_path / "scan.npy"), "--model", str(tmp_path / "m.safetensors"), "--output",
                      str(tmp_path / "no"), "--modes", "9"]) != 0  # fmt: skip
     assert "modes must be one or more classes from 0 to 4" in capsys.readouterr().err
+
+
+def test_files_that_say_other_things_about_the_prior_are_refused(tmp_path, img):
+    model = small()
+    config, weights = model.to_config(), {k: v.contiguous() for k, v in model.weights().items()}
+    network = {k: v for k, v in weights.items() if not k.startswith("mode_prior.")}
+    wrong = {
+        "no description": ({k: v for k, v in config.items() if k != "mode_prior"}, weights),
+        "no weights": (config, network),
+        "a word": ({**config, "mode_prior": "yes"}, weights),
+        "other classes": ({**config, "mode_prior": {**config["mode_prior"], "edges": [3]}}, weights),
+        "another key": ({**config, "mode_prior": {**config["mode_prior"], "depth": 3}}, weights),
+    }
+    for name, (said, held) in wrong.items():
+        file = tmp_path / f"{name}.safetensors"
+        safetensors.torch.save_file(held, file, metadata={"berdiff_fast": json.dumps(said)})
+        with pytest.raises(ValueError, match=f"{name}.safetensors does not hold a complete berdiff_fast model"):
+            bf.load(file)
