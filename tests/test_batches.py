@@ -169,6 +169,19 @@ def test_the_one_mask_that_is_shown_is_read(tmp_path, monkeypatch):
     assert len(read) == 6
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("options", [{}, dict(img_channels=3, mask_channels=2, dtype=">i2")])
+def test_several_slices_at_once(tmp_path, in_memory, options):
+    slices = RaterDataset(rater_file(tmp_path / "slices.h5", **options), in_memory=in_memory)
+    for indices in (range(2, 7), [10, 0, 3, 3], np.array([5])):
+        images, masks = slices.batch(indices)
+        each = [slices[int(i)] for i in indices]
+        assert torch.equal(images, torch.stack([image for image, _ in each])) and images.dtype == each[0][0].dtype
+        assert torch.equal(masks, torch.stack([mask for _, mask in each])) and masks.dtype == torch.bool
+        images.zero_()  # a copy
+        assert slices[int(indices[0])][0].any()
+
+
 def test_real_slices():
     slices = RaterDataset(data_path("lidc/val.h5"), in_memory=True)
     examples = TrainingExamples(slices, Preprocessing(), 1000, 0, Augmentation(True, True, 10.0, 0.1), 64, 10**6)

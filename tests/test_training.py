@@ -498,6 +498,13 @@ def test_where_batches_are_made_changes_nothing(data, tmp_path, changes):
     assert_same_weights(tmp_path / "resident", tmp_path / "other")
 
 
+def test_both_files_are_read_at_once(data, tmp_path, monkeypatch):
+    """Slices of a validation are spread over a compressed file, which takes seconds at every validation."""
+    monkeypatch.setattr(loop.RaterDataset, "_read", None)
+    monkeypatch.setattr(loop.RaterDataset, "__getitem__", None)
+    loop.train(config(data, tmp_path, steps=2, val_data=data["val_data"], validation_slices=2))
+
+
 def test_quiet(data, tmp_path, capfd):
     words = arguments(config(data, tmp_path / "loud", steps=2, val_data=data["val_data"], validation_slices=2))
     assert cli.main(words) == 0

@@ -158,8 +158,10 @@ class Batches(Dataset):
         theta = None
         if options.rotate or options.scale:
             height, width = examples.slices.image_size
-            pairs = zip(angle.tolist(), zoom.tolist(), strict=True)
-            theta = self._on_device(np.array([options.theta(a, z, height, width) for a, z in pairs], np.float32))
+            # By Python's own functions: NumPy's, many at once, may differ in the last bit.
+            pairs = zip((angle * options.rotate).tolist(), zoom.tolist(), strict=True)
+            each = [options.theta(a, (1 + options.scale) ** z, height, width) for a, z in pairs]
+            theta = self._on_device(np.array(each, np.float32))
         i, r, t, n, s = self._on_device(numbers).unbind()
         return _Numbers(i, r, t, n, s, theta)
 

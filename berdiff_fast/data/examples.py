@@ -48,10 +48,7 @@ class Augmentation:
         mirror, turns = random.random(2) < 0.5, int(random.integers(4))
         angle, zoom = random.uniform(-1, 1, 2)
         if self.rotate or self.scale:
-            height, width = img.shape[-2:]
-            theta = torch.tensor([self.theta(angle, zoom, height, width)], dtype=torch.float32)
-            grid = F.affine_grid(theta, [1, 1, height, width], align_corners=False)
-            img, mask = self.sample_image(img[None], grid)[0], self.sample_mask(mask[None], grid)[0]
+            img, mask = self._affine(img, mask, angle * self.rotate, (1 + self.scale) ** zoom)
         axes = [axis for axis, m in zip((-2, -1), mirror, strict=True) if m and self.flip]
         if axes:
             img, mask = img.flip(axes), mask.flip(axes)
@@ -59,10 +56,19 @@ class Augmentation:
             img, mask = img.rot90(turns, (-2, -1)), mask.rot90(turns, (-2, -1))
         return img, mask
 
-    def theta(self, angle: float, zoom: float, height: int, width: int) -> list[list[float]]:
-        """The 2 x 3 matrix of ``affine_grid`` for an angle and a zoom in [-1, 1], parts of the largest ones."""
-        degrees, factor = float(angle) * self.rotate, (1 + self.scale) ** float(zoom)
-        cos, sin = math.cos(math.radians(degrees)) / factor, math.sin(math.radians(degrees)) / factor
+    @classmethod
+    def _affine(
+        cls, img: torch.Tensor, mask: torch.Tensor, degrees: float, zoom: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        height, width = img.shape[-2:]
+        theta = torch.tensor([cls.theta(degrees, zoom, height, width)], dtype=torch.float32)
+        grid = F.affine_grid(theta, [1, 1, height, width], align_corners=False)
+        return cls.sample_image(img[None], grid)[0], cls.sample_mask(mask[None], grid)[0]
+
+    @staticmethod
+    def theta(degrees: float, zoom: float, height: int, width: int) -> list[list[float]]:
+        """The 2 x 3 matrix of ``affine_grid`` for images of a height and width."""
+        cos, sin = math.cos(math.radians(degrees)) / zoom, math.sin(math.radians(degrees)) / zoom
         # Normalised coordinates stretch with the shorter side; a rotation must not.
         return [[cos, -sin * height / width, 0], [sin * width / height, cos, 0]]
 

@@ -215,8 +215,8 @@ class RaterDataset(Dataset):
 
     def batch(self, indices: range | list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, C, H, W) and masks (B, R, K, H, W) of some slices."""
-        images, masks = zip(*(self[i] for i in indices), strict=True)
-        return torch.stack(images), torch.stack(masks)
+        images, masks = self.rows(indices)
+        return torch.from_numpy(images), torch.from_numpy(masks)
 
     def images(self, indices: list[int]) -> np.ndarray:
         """Images of some slices, of ascending indices, as they are in the file; no masks are read."""

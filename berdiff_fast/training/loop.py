@@ -58,7 +58,8 @@ def train(config: TrainConfig) -> Path:
     if not config.output or not config.train_data:
         raise ValueError(f"{'output' if not config.output else 'train_data'} must be given, got ''")
     slices = RaterDataset(config.train_data, in_memory=config.in_memory)
-    held_out = RaterDataset(config.val_data) if config.val_data else None
+    # In memory too: what is spread over a compressed file takes seconds to read, at every validation.
+    held_out = RaterDataset(config.val_data, in_memory=config.in_memory) if config.val_data else None
     _check_data(config, slices, held_out)
 
     AcceleratorState._reset_state()  # a process may train again, in another precision
