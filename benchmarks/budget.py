@@ -43,6 +43,7 @@ from berdiff_fast import UNet, load, ops
 from berdiff_fast.backends import triton as kernels
 from berdiff_fast.bench.baselines import PUBLISHED
 from berdiff_fast.files import write_text
+from berdiff_fast.network.fused import FusedUNet
 from berdiff_fast.network.inference import PreparedUNet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,11 +208,28 @@ def once(kind: str, flop: Callable[[dict[str, Any]], int] = lambda given: 0) -> 
     return rule
 
 
+def fused_convolution(given: dict[str, Any]) -> list[Work]:
+    kind = {9: CONVOLUTION, 4: TRANSPOSED, 1: LINEAR}[given["TAPS"]]
+    read = ["x", "weight", "bias"]
+    read += [name for name, channels in (("a", "COUNT_A"), ("b", "COUNT_B")) if given[channels]]
+    read += ["residual"] if given["RESIDUAL"] else []
+    tensors = [getattr(given[name], "base", given[name]) for name in read]
+    depth = given["TAPS"] * given["COUNT"] + given["COUNT_A"] + given["COUNT_B"]
+    return [Work(kind, size(*tensors, given["out"], given["sums"]), 2 * given["out"].numel() * depth)]
+
+
 #: By the Triton kernel's name, for those that no op of ours launches: called with the arguments by name.
-LAUNCHES: dict[str, Callable[[dict[str, Any]], list[Work]]] = {}
+LAUNCHES: dict[str, Callable[[dict[str, Any]], list[Work]]] = {
+    "convolution_kernel": fused_convolution,
+    "stem_kernel": once(SMALL, lambda given: 2 * given["out"].numel() * given["TAPS"]),
+    "norm_factors_kernel": once(FACTORS),
+    "norm_kernel": once(APPLY),
+    "head_products_kernel": once(SMALL, lambda given: 2 * given["products"].numel() * given["C"]),
+    "head_sums_kernel": once(SMALL),
+}
 
 #: Forms of a network that a GPU may run, each of which has its budget.
-FORMS: dict[str, Callable[..., Any]] = {"prepared": PreparedUNet}
+FORMS: dict[str, Callable[..., Any]] = {"prepared": PreparedUNet, "fused": FusedUNet}
 
 
 # What torch.compile makes of the plain network if it fuses all that can be: no pass for a bias, a norm that reads once

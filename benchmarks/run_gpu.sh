@@ -2,18 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 # One command for a machine with an NVIDIA GPU: builds, runs the GPU's tests, measures, then runs the other tests.
 #   bash benchmarks/run_gpu.sh [FOLDER]
-# Leaves in the folder (default: benchmarks/results/gpu), most important first, so that a run cut short keeps it:
-#   build.log, tests.log, tests.xml       what was built, what passed
-#   bench.json                            the whole call and the kernels against PyTorch; per contender the launches and
-#                                         waits of the host and the kernels that took the time (the profile's summary)
-#   kernels.json                          kernels at 64 M pixels
+# Leaves in the folder (default: benchmarks/results/gpu), what has to be known first before the rest, so that a run cut
+# short keeps it:
+#   build.log, tests.log, *.xml           what was built, what passed: graphs and the fused network first
+#   network.json                          a step of each form of the network, whole calls, and the convolutions by themselves
+#   kernels.json                          the kernels of draws and loss at 64 M pixels
 #   training_lidc.json, training.json     training images per second: lidc's network, the published one
-#   compiled/                             the call against torch.compile, which compiles for minutes
+#   parallel_in_time.json                 many steps in one call of the network
+#   bench.json                            what `berdiff-fast bench` says of kernels, loss and metrics
+#   compiled.json                         the call against torch.compile's max-autotune, which compiles for minutes
+# The README's table is made of it by: python benchmarks/network_gpu.py --from network.json --update README.md docs/performance.md
 set -uo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 out=${1:-$repository/benchmarks/results/gpu}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
-# A machine is lent for ten minutes at a time.
 deadline=$((SECONDS + ${BERDIFF_FAST_BENCH_SECONDS:-570}))
 export BERDIFF_FAST_CUDA=1 BERDIFF_FAST_CUDA_ARCHS="${BERDIFF_FAST_CUDA_ARCHS:-90}"
 python3 -m pip list 2>/dev/null | grep -iE "^(setuptools|pybind11|cmake|torch|triton|numpy|monai|accelerate) " >"$out/build.log"
@@ -51,22 +53,22 @@ tests() {
 : >"$out/tests.log"
 parallel=() by_file=()
 python3 -c "import xdist" 2>/dev/null && parallel=(-n 8) by_file=(-n 8 --dist loadfile)
-tests 90 "$repository/tests/test_gpu.py" --junitxml "$out/tests.xml"
+tests 60 "$repository/tests/test_gpu.py" "$repository/tests/test_fused.py" -m gpu --junitxml "$out/tests.xml"
+within 150 python3 "$repository/benchmarks/network_gpu.py" --output "$out/network.json"
 BERDIFF_FAST_TEST_VARIANTS="cuda,triton,reference on the GPU" \
-    tests 90 "$repository/tests/test_equal_bits.py" "${parallel[@]}" --junitxml "$out/tests_bits.xml"
-within 130 python3 -m berdiff_fast.cli bench --device cuda --output "$out" --only "steps=10), 128 x 128, published" --no-compile
-within 60 python3 -m berdiff_fast.cli bench --device cuda --output "$out" --append --only kernel loss metrics --no-compile
-within 60 python3 "$repository/benchmarks/kernels_gpu.py" --output "$out/kernels.json"
+    tests 90 "$repository/tests/test_equal_bits.py" "$repository/tests/test_seed_rows.py" "${parallel[@]}" --junitxml "$out/tests_bits.xml"
+within 40 python3 "$repository/benchmarks/kernels_gpu.py" --output "$out/kernels.json"
 if python3 -c "import accelerate" 2>/dev/null; then
     within 60 python3 "$repository/benchmarks/training_speed.py" --device cuda --output "$out/training_lidc.json"
     within 100 python3 "$repository/benchmarks/training_speed.py" --published --output "$out/training.json"
 else
     within 60 python3 -m berdiff_fast.cli bench --device cuda --output "$out/training" --only training --no-compile
 fi
-within 150 python3 -m berdiff_fast.cli bench --device cuda --output "$out/compiled" \
-    --only "steps=10), 128 x 128, published" --contenders compile "ours, bfloat16"
-tests 200 "$repository/tests" "${by_file[@]}" \
-    --ignore "$repository/tests/test_gpu.py" --ignore "$repository/tests/test_equal_bits.py"
-# Tables and picture are made again from the JSON: berdiff-fast bench --from bench.json --update README.md
-rm -f "$out"/{,compiled/}bench.{md,png}
+within 30 python3 "$repository/benchmarks/parallel_in_time.py" --device cuda --output "$out/parallel_in_time.json"
+within 60 python3 -m berdiff_fast.cli bench --device cuda --output "$out" --only kernel loss metrics --no-compile
+tests 120 "$repository/tests" "${by_file[@]}" --ignore "$repository/tests/test_gpu.py" --ignore "$repository/tests/test_fused.py" \
+    --ignore "$repository/tests/test_equal_bits.py" -m "not slow"
+within 240 python3 "$repository/benchmarks/network_gpu.py" --output "$out/compiled.json" --parts calls --compile max-autotune
+# Tables and picture of the bench are made again from its JSON: berdiff-fast bench --from bench.json --update README.md
+rm -f "$out"/bench.{md,png}
 exit $failed

@@ -7,10 +7,11 @@ with FakeTensor and under ``torch.compile(fullgraph=True)``. Those that draw giv
 
 **Rows.** The first dimension of a mask tensor counts masks. Row r of a call is mask number ``first_row + r`` of a batch
 in which every image has ``samples_per_image`` masks, so it belongs to image ``(first_row + r) // samples_per_image``,
-takes that image's seed, and is sample number ``first_sample + (first_row + r) % samples_per_image`` of it. Where seeds are
-(B, 2), their second column is added to the sample number of each image: device data, so that a captured CUDA graph draws
-any samples, and, with a row of seeds per mask, a call any selection of them. It is not checked: sums wrap at 2^32. The other
-dimensions, (K, *spatial), are flattened; pixel i of them takes word ``i & 3`` of Philox block ``i >> 2``.
+takes that image's seed, and is sample number ``first_sample + (first_row + r) % samples_per_image`` of it. Where
+seeds are (B, 2), their second column is added to the sample number of each image: device data, so that a captured
+CUDA graph draws any samples, and, with a row of seeds per mask, a call any selection of them. It is not checked: sums
+wrap at 2^32.
+The other dimensions, (K, *spatial), are flattened; pixel i of them takes word ``i & 3`` of Philox block ``i >> 2``.
 
 **Masks** are bool, uint8 (0/1), float32, float16 or bfloat16 (0.0/1.0; any other value than zero counts as one).
 **Logits** are float32, float16 or bfloat16. Tensors that are not contiguous are copied.

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from berdiff_fast.schedule import NoiseSchedule
 logger = logging.getLogger("berdiff_fast")
 
 FINALS = ("threshold", "sample")
+
+_FORWARD = BerDiff.forward
 
 Model = Callable[..., torch.Tensor]
 
@@ -255,8 +258,8 @@ class Sampler:
         if self.prepare:
             if type(model) is not BerDiff:
                 reason = f"it is a {type(model).__name__}, not a BerDiff"
-            elif model._forward_hooks or model._forward_pre_hooks:
-                reason = "it has hooks"
+            elif (change := inference.is_changed(model, _FORWARD)) is not None:
+                reason = f"it {change}"
             else:
                 reason = inference.why_not(model.network)
         if reason is None:
@@ -505,7 +508,7 @@ class _Call:
         return_probability: bool,
         advance: Callable[[int], None],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The steps of ``draw``, several at a time: masks, what entered the last step, its logits of y_0, probability."""
+        """The steps of ``draw``, several at a time: masks, the state before, its logits of y_0, and probability."""
         sampler, last = self.sampler, len(self.sampler.timesteps) - 1
         rule: dict[str, Any] = dict(prediction="y_0", backend=sampler.backend)
 
@@ -655,13 +658,14 @@ def _schedule(model: Any, schedule: NoiseSchedule | str | None) -> NoiseSchedule
 def _device_and_dtype(model: Any) -> tuple[torch.device | None, torch.dtype]:
     """Where the model is, if it says so, and the dtype it computes in."""
     if isinstance(model, nn.Module):
-        tensors = [*model.parameters(), *model.buffers()]
-        floating = [x.dtype for x in tensors if x.is_floating_point()]
-        dtype = floating[0] if floating else torch.float32
+        # The first of each, without going through all of them at every call.
+        first = next(chain(model.parameters(), model.buffers()), None)
+        floating = (x for x in chain(model.parameters(), model.buffers()) if x.is_floating_point())
+        dtype = torch.float32 if (x := next(floating, None)) is None else x.dtype
         if dtype not in ops.LOGIT_DTYPES:
             raise TypeError(f"model must compute in float32, float16 or bfloat16, got parameters of {dtype}")
-        if tensors:
-            return tensors[0].device, dtype
+        if first is not None:
+            return first.device, dtype
     return None, torch.float32
 
 
@@ -739,7 +743,7 @@ def _check_logits(logits: Any, y: torch.Tensor) -> None:
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     """Eval mode, and every submodule back in the mode it had."""
-    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
+    training = [m for m in inference.modules(model) if m.training] if isinstance(model, nn.Module) else []
     for module in training:
         module.training = False
     try:

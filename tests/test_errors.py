@@ -136,7 +136,11 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "backend cuda": (sample(backend="cuda"), BackendUnavailableError, "backend 'cuda' cannot run here: .*'cpu'"),
     # ops.initial_noise
     "noise seeds dtype": (noise(SEEDS.int()), V, r"seeds must be .*int64, got shape \(2,\) of torch.int32"),
-    "noise seeds shape": (noise(SEEDS[None, None]), V, r"seeds must be \(B,\) or \(B, 2\) int64, got shape \(1, 1, 2\)"),
+    "noise seeds shape": (
+        noise(SEEDS[None, None]),
+        V,
+        r"seeds must be \(B,\) or \(B, 2\) int64, got shape \(1, 1, 2\)",
+    ),
     "noise rows": (noise(rows=3), V, "seeds: 2 seeds with samples_per_image=1 .*leave 2 masks, and 3 are asked for"),
     "noise samples_per_image": (noise(rows=1, samples_per_image=0), V, "samples_per_image must be at least 1, got 0"),
     "noise first_row": (noise(first_row=-1, rows=1), V, "first_row must be at least 0, got -1"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused network and its layers, against PyTorch: in float32 under Triton's interpreter, and on a GPU if there is one."""
+"""The fused network and its layers, against PyTorch: in float32 under Triton's interpreter, and on a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from berdiff_fast.network.fused import FusedUNet
 if not select.can_run("triton", "cuda" if torch.cuda.is_available() else "cpu"):
     pytest.skip("Triton is not here", allow_module_level=True)
 from berdiff_fast.backends import triton_layers
-from berdiff_fast.backends.triton_layers import Activation, TritonLayers, Weight
+from berdiff_fast.backends.triton_layers import TritonLayers, Weight
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is compiled on this machine")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -36,7 +36,9 @@ def randomised(**options: Any) -> UNet:
 
 
 NETWORKS = {
-    "attention, added timestep": dict(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, norm_groups=8, num_heads=2),
+    "attention, added timestep": dict(
+        model_channels=16, channel_mult=(1, 2), num_res_blocks=1, norm_groups=8, num_heads=2
+    ),
     "scale and shift, patches, channels": dict(
         model_channels=16, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4, attention_resolutions=(),
         use_scale_shift_norm=True, patch_size=2, in_channels=2, img_channels=3,
@@ -94,7 +96,9 @@ def test_masks_are_those_of_the_network_as_it_is(monkeypatch):
     assert torch.equal(masks, sample(model, img, n=4, steps=3, seed=1, prepare=False))
 
 
-def conv(size: int, count: int, cout: int, taps: int, stride: int = 1, projected: tuple[int, ...] = (), n: int = 2, **made):
+def conv(
+    size: int, count: int, cout: int, taps: int, stride: int = 1, projected: tuple[int, ...] = (), n: int = 2, **made
+):
     """Input, weight, what is projected, a residual; and the convolution by PyTorch, in float64."""
     made = dict(device=CPU, dtype=torch.float32) | made
     torch.manual_seed(0)
@@ -151,13 +155,13 @@ def check_convolution(layers, case, tolerance: float, **made) -> None:
 @interpreted
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_and_its_sums(name):
-    check_convolution(TritonLayers(CPU), CONVOLUTIONS[name], 1e-6)
+    check_convolution(TritonLayers(), CONVOLUTIONS[name], 1e-6)
 
 
 @interpreted
 def test_biases_of_several_steps():
     x, weight, _, _, _ = conv(8, 16, 16, 9)
-    layers, biases = TritonLayers(CPU), torch.randn(2, 16)
+    layers, biases = TritonLayers(), torch.randn(2, 16)
     both = layers.convolution(x, weight, biases).x
     for i in range(2):
         assert torch.equal(both[i : i + 1], layers.convolution(x[i : i + 1], weight, biases[i]).x)
@@ -166,7 +170,7 @@ def test_biases_of_several_steps():
 @interpreted
 def test_factors_and_norm_of_two_tensors():
     torch.manual_seed(0)
-    layers, parts = TritonLayers(CPU), []
+    layers, parts = TritonLayers(), []
     for channels in (32, 16):
         x, weight, _, _, _ = conv(12, 16, channels, 9)
         parts.append(layers.convolution(x, weight, weight.bias * 3))
@@ -215,19 +219,23 @@ def on_gpu(marks):
 
 
 @on_gpu(gpu)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1.2e-2), (torch.float16, 1.5e-3), (torch.float32, 3e-3)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1.2e-2), (torch.float16, 1.5e-3)], ids=str)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_on_the_gpu(name, dtype, tolerance):
-    check_convolution(TritonLayers(torch.device("cuda")), CONVOLUTIONS[name], tolerance, device="cuda", dtype=dtype)
+    check_convolution(TritonLayers(), CONVOLUTIONS[name], tolerance, device="cuda", dtype=dtype)
 
 
 @on_gpu(gpu)
-@pytest.mark.parametrize("shape", [(128, 128, 128, 16), (64, 256, 128, 16), (32, 256, 256, 16), (16, 384, 384, 16), (8, 512, 512, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(128, 128, 128, 16), (64, 256, 128, 16), (32, 256, 256, 16), (16, 384, 384, 16), (8, 512, 512, 1)],
+    ids=str,
+)
 def test_the_same_bits_again_and_again(shape):
     """A race between loads and products would show as bits that change."""
     size, count, cout, n = shape
     x, weight, _, residual, exact = conv(size, count, cout, 9, n=n, device="cuda", dtype=torch.bfloat16)
-    layers = TritonLayers(torch.device("cuda"))
+    layers = TritonLayers()
     first = layers.convolution(x, weight, weight.bias, residual=residual)
     wanted = exact + residual.double()
     assert (first.x.double() - wanted).abs().max() <= 1.2e-2 * wanted.abs().max()
@@ -237,7 +245,7 @@ def test_the_same_bits_again_and_again(shape):
 
 
 @on_gpu(gpu)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_network_on_the_gpu(dtype):
     """No further from float64 than the plain network in the same type, and the same bits again."""
     network = randomised(model_channels=64, channel_mult=(1, 2, 3), num_res_blocks=1, attention_resolutions=(4,))

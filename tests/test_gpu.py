@@ -306,3 +306,59 @@ def test_size_classes_on_the_gpu(backend):
     assert torch.equal(masks, sample(model, img, n=8, seed=3, backend="reference"))
     assert torch.equal(masks[:, :5], sample(model, img, n=5, seed=3, backend=backend))
     assert (classes.cpu() == sample(model.cpu(), img.cpu(), n=8, seed=3, return_modes=True)[1]).double().mean() > 0.95
+
+
+def test_chunks_of_a_call_are_replays_of_one_graph():
+    model, img = load("lidc").cuda().bfloat16(), torch.randn(1, 1, 128, 128, device="cuda").bfloat16()
+    masks = sample(model, img, 64, 5, seed=3, max_batch=16)
+    ((_, _, prepared),) = inference._prepared[model.network].values()
+    assert [type(g) for g in prepared.graphs.values()] == [Graph]
+    for first in (0, 16, 48):
+        alone = sample(model, img, 16, 5, seed=3, first_sample=first)
+        assert torch.equal(alone, masks[:, first : first + 16])
+    assert len(prepared.graphs) == 1
+
+
+def test_a_graph_survives_what_others_do_with_the_memory():
+    """Workspaces that ``empty_cache`` unmaps must not be the graph's."""
+    model, img = load("lidc").cuda(), torch.randn(1, 1, 128, 128, device="cuda")
+    expected = [sample(model, img, 4, 5, seed=3) for _ in range(3)][-1]
+    for _ in range(3):
+        torch.cuda.empty_cache()
+        _ = [torch.full((1 << 22,), float("nan"), device="cuda") @ torch.ones(1 << 22, device="cuda") for _ in range(4)]
+        assert torch.equal(sample(model, img, 4, 5, seed=3), expected)
+
+
+def test_a_capture_that_failed_leaves_the_allocator_in_order(exact_float32, caplog):
+    waits = wrapped(lambda z: z * (1 if float(z.mean()) > -1e9 else 2))
+    sampler, img = (
+        Sampler(waits, 4, 3, schedule="cosine2", prediction="epsilon"),
+        torch.randn(1, 1, 8, 8, device="cuda"),
+    )
+    for _ in range(3):
+        sampler(img, seed=1)
+    assert "no CUDA graph" in caplog.text
+    before = torch.cuda.memory_reserved()
+    for _ in range(20):  # in a pool that nobody empties each of these would be new memory
+        torch.empty(1 << 24, device="cuda")
+        torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + (1 << 26)
+    fine = Sampler(wrapped(lambda z: z), 4, 3, schedule="cosine2", prediction="epsilon")
+    for _ in range(3):
+        fine(img, seed=1)
+    assert any(isinstance(g, Graph) for g in fine.graphs.values())
+
+
+def test_threads_prepare_once_on_streams_of_their_own():
+    model, img = load("lidc").cuda(), torch.randn(1, 1, 128, 128, device="cuda")
+
+    def draw(_):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            masks = sample(model, img, 4, 5, seed=3)
+            torch.cuda.current_stream().synchronize()
+            return masks
+
+    with concurrent.futures.ThreadPoolExecutor(4) as executor:
+        found = list(executor.map(draw, range(8)))
+    assert all(torch.equal(masks, found[0]) for masks in found)
+    assert len(inference._prepared[model.network]) == 1

@@ -194,8 +194,11 @@ def test_the_same_function(name, backend):
             largest = float(plain.abs().max())
             assert float((got - plain).abs().max()) <= 1e-5 * largest
             exact = wide(y.double(), t.expand(6), rows.double())
-            ours, theirs = (float((z - exact).abs().max()) for z in (got, plain))
-            assert ours <= 1.2 * theirs, "further from float64 than the plain network is"
+            # Which of two roundings is nearer depends on the convolutions that a processor has: with AVX-512 and one
+            # thread the plain network's mean error is smaller by up to 1.84, and ours 1.2e-6 of the largest logit at
+            # most.
+            assert float((got - exact).abs().max()) <= 1.5e-6 * largest, "too far from float64"
+            assert float((got - exact).norm()) <= 2 * float((plain - exact).norm())
             assert torch.equal(got, prepared(y, step, prepared.encode(rows)))
 
 
@@ -448,6 +451,10 @@ def test_few_graphs_are_kept(monkeypatch):
         def __init__(self, *_):
             pass
 
+        def close(self):
+            closed.append(self)
+
+    closed = []
     monkeypatch.setattr(graph, "Graph", Fake)
     graphs = {}
     assert ask(graphs) is None, "capturing takes longer than a call"
@@ -458,3 +465,39 @@ def test_few_graphs_are_kept(monkeypatch):
     for size in range(9, 9 + graph.KEPT):
         ask(graphs, size)
     assert len(graphs) == graph.KEPT and ask(graphs) is None
+    assert closed == [first], "a graph that is dropped waits for its last replay"
+
+
+# ---------------------------------------------------------------------- what is not exactly the class's own code
+
+
+def _instance(model, where):
+    module = model.get_submodule(where)
+    own = module.forward
+    module.forward = lambda *arguments: own(*arguments) * 0
+
+
+def _hook(model, where):
+    model.get_submodule(where).register_forward_hook(lambda module, inputs, output: output * 0)
+
+
+@pytest.mark.parametrize("where", ["", "network", "network.middle_block", "network.out.2"])
+@pytest.mark.parametrize("change", [_instance, _hook], ids=["forward", "hook"])
+def test_what_was_changed_is_run_as_it_is(where, change):
+    """Accelerate's hooks and offloading, steering: whoever replaces ``forward`` means it to run."""
+    model, img = bf.load("phantom64"), noise(1, 1, 64, 64)
+    before = bf.sample(model, img, n=2, steps=2, seed=7)
+    change(model, where)
+    got = bf.sample(model, img, n=2, steps=2, seed=7)
+    assert torch.equal(got, bf.sample(model, img, n=2, steps=2, seed=7, prepare=False))
+    assert not torch.equal(got, before), "the change was passed over"
+
+
+def test_a_patched_class_is_noticed(monkeypatch):
+    model, img = bf.load("phantom64"), noise(1, 1, 64, 64)
+    own = bf.UNet.forward
+    monkeypatch.setattr(bf.UNet, "forward", lambda self, *arguments: own(self, *arguments) * 0)
+    assert "forward of its own" in inference.why_not(model.network)
+    bf.sample(model, img, n=1, steps=2, seed=7)
+    monkeypatch.undo()
+    assert inference.why_not(model.network) is None

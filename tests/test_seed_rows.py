@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from variants import VARIANTS
 
 from berdiff_fast import NoiseSchedule, image_seeds, ops
-from tests.variants import VARIANTS
 
 SCHEDULE = NoiseSchedule("cosine2")
 TAUS = SCHEDULE.subsequence(10)

@@ -106,6 +106,7 @@ def cases(quick: bool) -> Iterator[Case]:
     yield from losses(quick)
     yield from overlaps(quick)
     yield from networks(quick)
+    yield from layers(quick)
 
 
 def draws(quick: bool) -> Iterator[Case]:
@@ -118,6 +119,8 @@ def draws(quick: bool) -> Iterator[Case]:
 
     for dtype, size, n in product((BF16,) if quick else (BOOL, F32, BF16, F16), pixels, SAMPLES):
         yield case(backend.noise, mask(size, dtype), seeds, n, 0, 0)
+    # With a first sample of each image.
+    yield case(backend.noise, mask(16384, BF16), gpu(rows, 2, dtype=INT64), 16, 0, 0)
     # Of a chunk that does not begin with the first mask: not to be specialised.
     for first_row, first_sample in ((1, 1), (16, 16)):
         yield case(backend.noise, mask(16384, BF16), seeds, 16, first_row, first_sample)
@@ -139,6 +142,8 @@ def draws(quick: bool) -> Iterator[Case]:
     yield case(
         backend.step, y, y, z, gpu(4), flag, 1, False, False, seeds, 1, 2**33, 0, wide={"step_kernel": of_draws(F32)}
     )
+    y, z, pairs = mask(16384, BF16), mask(16384, BF16), gpu(rows, 2, dtype=INT64)
+    yield case(backend.step, y, y, z, gpu(4), flag, 1, False, False, pairs, 16, 0, 0)
     # A step's own flag lies where it lies; so may masks that are slices.
     y = mask(16384, BF16)
     yield case(backend.step, y, y, y, gpu(4), gpu(1, dtype=INT32, offset=1), 1, False, False, seeds, 16, 0, 0)
@@ -207,3 +212,41 @@ def networks(quick: bool) -> Iterator[Case]:
         for silu in (True,) if quick else (True, False):
             given = gpu(2, pixels, channels, dtype=dtype), x, other, gpu(channels), gpu(channels)
             yield case(backend.group_norm_silu, *given, groups, 1e-5, silu, wide=wide)
+
+
+def layers(quick: bool) -> Iterator[Case]:
+    """The fused network's: TMA descriptors, compute capability 9."""
+    from berdiff_fast.backends.triton_layers import Activation, TritonLayers, Weight
+
+    hopper = (90,)
+    net = TritonLayers()
+    for dtype in (BF16,) if quick else (BF16, F16):
+
+        def act(side: int, channels: int, dtype: torch.dtype = dtype) -> Activation:
+            return Activation(gpu(2, side, side, channels, dtype=dtype), gpu(2, 4, 2, channels))
+
+        def weight(taps: int, i: int, o: int, p: tuple[int, ...] = (), stride: int = 1, dtype=dtype) -> Weight:
+            rows = o * (4 if taps == 4 else 1)
+            return Weight(gpu(rows, taps * i + sum(p), dtype=dtype), gpu(o), i, p, taps, stride)
+
+        for masks, patch in ((1, 1), (1, 2)):
+            y, features = gpu(4, masks, 128, 128, dtype=dtype), gpu(1, 128 // patch, 128 // patch, 32, dtype=dtype)
+            taps = masks * patch**2
+            rows = 16 if patch == 1 else 64
+            yield case(net.stem, y, gpu(rows, 32, dtype=dtype), features, patch, architectures=hopper)
+            x = act(128 // patch, 32)
+            yield case(net.head, x, gpu(2, 2, 32), gpu(32, 64, dtype=dtype), gpu(taps), 1, patch, architectures=hopper)
+        for side, c, other in ((128, 128, 0), (64, 128, 128), (8, 512, 384)):
+            x, second = act(side, c), act(side, other) if other else None
+            vector = gpu(c + other)
+            yield case(net.factors, x, second, vector, vector, 32, 1e-5, architectures=hopper)
+            for silu in (True, False):
+                yield case(net.norm, x, second, gpu(2, 2, c + other), silu, architectures=hopper)
+        for side, i, o in ((128, 128, 128), (64, 128, 128), (8, 512, 512)):
+            x = act(side, i).x
+            yield case(net.convolution, x, weight(9, i, o), gpu(o), architectures=hopper)
+            yield case(net.convolution, x, weight(9, i, o), gpu(o), residual=act(side, o).x, architectures=hopper)
+            yield case(net.convolution, x, weight(9, i, o, (i, i)), gpu(o), projected=(x, x), architectures=hopper)
+            yield case(net.convolution, x, weight(9, i, o, stride=2), gpu(o), architectures=hopper)
+            yield case(net.convolution, x, weight(4, i, o), gpu(o), architectures=hopper)
+            yield case(net.convolution, x, weight(1, i, o), gpu(o), residual=act(side, o).x, architectures=hopper)

@@ -135,8 +135,9 @@ def all_functions() -> dict[str, JITFunction]:
 
 
 def methods(kinds: set[type]) -> set[tuple[type, str]]:
-    """The public ones of classes."""
-    return {(kind, name) for kind in kinds for name, value in vars(kind).items() if callable(value) and name[0] != "_"}
+    """The public ones of classes, but for context managers, which launch nothing themselves."""
+    public = ((kind, name, value) for kind in kinds for name, value in vars(kind).items() if name[0] != "_")
+    return {(kind, name) for kind, name, value in public if callable(value) and not hasattr(value, "__wrapped__")}
 
 
 def reached(names: set[str], functions: dict[str, JITFunction]) -> set[str]:

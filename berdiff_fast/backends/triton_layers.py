@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers of a U-Net in Triton, for GPUs with tensor cores: a convolution that leaves the next norm's sums.
 
-Activations are (N, H, W, C), C innermost. A convolution adds its bias, the 1 x 1 projections of a skip path and a residual
-before it rounds and writes, and leaves for each of its tiles and channels the sum and the sum of squares of what it
-wrote. So a residual block is two norms and two convolutions, six launches in all, and nothing is read or written twice.
+Activations are (N, H, W, C), C innermost. A convolution adds its bias, the 1 x 1 projections of a skip path and a
+residual before it rounds and writes, and leaves for each of its tiles and channels the sum and the sum of squares of
+what it wrote. So a residual block is two norms and two convolutions, six launches in all, and nothing is read or
+written twice.
 
-Sums of squares are not centred: in float32 they lose digits where a channel's mean is many times its standard deviation,
-by (mean / deviation)^2 2^-24 of the variance. That is far below the rounding of the types that this is made for.
+Sums of squares are not centred: in float32 they lose digits where a channel's mean is many times its standard
+deviation, by (mean / deviation)^2 2^-24 of the variance. That is far below the rounding of the types that this is
+made for.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 @triton.jit
 def silu(y):
-    """y / (1 + exp(-y)): the reciprocal as the square of a reciprocal root, which is one instruction and exact to 2^-22."""
+    """y / (1 + exp(-y)), its reciprocal as the square of a reciprocal root: one instruction, exact to 2^-22."""
     root = tl.rsqrt(1.0 + tl.exp(-y))
     return y * (root * root)
 
@@ -122,21 +124,21 @@ def convolution_kernel(
     K: tl.constexpr,
     OUTPUTS: tl.constexpr,
     STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """A convolution of 3 x 3 or 1 x 1, as a product of matrices one of which is never made (implicit GEMM).
 
     Tiles of x come by the tensor memory accelerator, whose zeros beyond the border are the padding. The weights are the
-    left factor and the pixels the right one: tensor cores take the right one from shared memory, where it lies, and sums
-    over pixels are sums within a thread. (As the left factor Triton 3.6 loads the pixels into registers, and overwrites
-    them while they are read.)
+    left factor and the pixels the right one: tensor cores take the right one from shared memory, where it lies, and
+    sums over pixels are sums within a thread. (As the left factor Triton 3.6 loads the pixels into registers, and
+    overwrites them while they are read.)
 
     Args:
         out: (N, H, W, COUT); (N, 2 H, 2 W, COUT) with four phases.
         sums: (N, tiles of an image, 2, COUT) float32.
         x: descriptor of (N, H, W, COUNT) with blocks (1, ROWS, COLUMNS, K); with STRIDE 2, of the same memory as
             (N, H, 2, W, 2 COUNT), which is the input of twice the size.
-        a, b: descriptors of (N, H, W, COUNT_A) and (N, H, W, COUNT_B), which are projected (1 x 1) and added, unless they
+        a, b: descriptors of (N, H, W, COUNT_A) and (N, H, W, COUNT_B), which are projected (1 x 1) and added, unless
+        they
             have no channels.
         weight: descriptor of (PHASES COUT, TAPS COUNT + COUNT_A + COUNT_B) with blocks (OUTPUTS, K).
         bias: (rows, COUT) float32, each for ``images_per_row`` images.
@@ -170,17 +172,17 @@ def convolution_kernel(
                 [image, top + (dy - odd_y) // 2, odd_y, left + (dx - odd_x) // 2, odd_x * COUNT + channel]
             ).reshape(M, K)
         w = weight.load([phase * COUT + output, tap * COUNT + channel])
-        products = tl.dot(w, pixels.T, products, input_precision=PRECISION)
+        products = tl.dot(w, pixels.T, products, input_precision="ieee")
     if COUNT_A > 0:
         for k in tl.range(COUNT_A // K, num_stages=STAGES):
             pixels = a.load([image, top, left, k * K]).reshape(M, K)
             w = weight.load([output, TAPS * COUNT + k * K])
-            products = tl.dot(w, pixels.T, products, input_precision=PRECISION)
+            products = tl.dot(w, pixels.T, products, input_precision="ieee")
     if COUNT_B > 0:
         for k in tl.range(COUNT_B // K, num_stages=STAGES):
             pixels = b.load([image, top, left, k * K]).reshape(M, K)
             w = weight.load([output, TAPS * COUNT + COUNT_A + k * K])
-            products = tl.dot(w, pixels.T, products, input_precision=PRECISION)
+            products = tl.dot(w, pixels.T, products, input_precision="ieee")
 
     to = sums + tile.to(tl.int64) * (2 * COUT)
     bias += image // images_per_row * COUT
@@ -198,8 +200,8 @@ def convolution_kernel(
             COUT, SIDE, RESIDUAL, MASKED, ROWS, COLUMNS, HALF,
         )  # fmt: skip
         write_tile(
-            second, output + HALF, bias, residual + image * area, out + image * area, to, top, left, phase, height, width,
-            COUT, SIDE, RESIDUAL, MASKED, ROWS, COLUMNS, HALF,
+            second, output + HALF, bias, residual + image * area, out + image * area, to, top, left, phase, height,
+            width, COUT, SIDE, RESIDUAL, MASKED, ROWS, COLUMNS, HALF,
         )  # fmt: skip
 
 
@@ -220,7 +222,6 @@ def stem_kernel(
     TAPS: tl.constexpr,
     PIXELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """The first convolution, of few channels, onto the image's share of it: one product of matrices.
 
@@ -246,7 +247,7 @@ def stem_kernel(
     bits = tl.load(y_t + line.to(tl.int64) * (width * PATCH) + x * PATCH + (k % PATCH)[None, :], mask=inside, other=0.0)
     of_bits = tl.load(weight + tl.arange(0, TAPS)[:, None] * COUT + channel[None, :])
     total = tl.load(features + image // masks_per_image * area + at, mask=live[:, None], other=0.0).to(tl.float32)
-    total = tl.dot(bits, of_bits, total, input_precision=PRECISION)
+    total = tl.dot(bits, of_bits, total, input_precision="ieee")
     rounded = total.to(out.dtype.element_ty)
     tl.store(out + image * area + at, rounded, mask=live[:, None])
     found = tl.where(live[:, None], rounded.to(tl.float32), 0.0)
@@ -373,7 +374,6 @@ def head_products_kernel(
     COLUMNS: tl.constexpr,
     PIXELS: tl.constexpr,
     K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Norm and SiLU of each pixel, and its products with all taps of the last convolution.
 
@@ -396,7 +396,7 @@ def head_products_kernel(
         y = y * scale[None, :] + shift[None, :]
         y = silu(y).to(weight.dtype.element_ty)
         w = tl.load(weight + channel[:, None] * COLUMNS + column[None, :])
-        found = tl.dot(y, w, found, input_precision=PRECISION)
+        found = tl.dot(y, w, found, input_precision="ieee")
     tl.store(products + row[:, None] * COLUMNS + column[None, :], found, mask=live[:, None])
 
 
@@ -480,8 +480,8 @@ class Weight:
 
 @dataclass(frozen=True)
 class Tiling:
-    """What a program of ``convolution_kernel`` makes: ``rows`` x ``columns`` pixels of ``outputs`` channels, by steps of
-    ``k`` input channels."""
+    """What a program of ``convolution_kernel`` makes: ``rows`` x ``columns`` pixels of ``outputs`` channels, by steps
+    of ``k`` input channels."""
 
     rows: int
     columns: int
@@ -515,15 +515,9 @@ def tiling(images: int, height: int, width: int, weight: Weight, element_size: i
 
 
 class TritonLayers:
-    """The layers as ``network.fused`` calls them.
+    """The layers as ``network.fused`` calls them, on a GPU or, under Triton's interpreter, on the CPU."""
 
-    Args:
-        device: of the tensors; the CPU under Triton's interpreter.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        # On a GPU float32 means TF32, as torch's convolutions take it; network.fused is not used where that is forbidden.
-        self.precision = "tf32" if device.type == "cuda" else "ieee"
+    def __init__(self) -> None:
         self._compile_only = False
 
     @contextlib.contextmanager
@@ -555,14 +549,16 @@ class TritonLayers:
                 stem_kernel, (n * tiles, channels // outputs),
                 out, sums, y_t, weight, features, height, width, tiles, n // images,
                 COUT=channels, MASKS=masks, PATCH=patch, TAPS=weight.shape[0], PIXELS=pixels, OUTPUTS=outputs,
-                PRECISION=self.precision, num_warps=4,
+                num_warps=4,
             )  # fmt: skip
         return Activation(out, sums)
 
     def factors(
         self, x: Activation, other: Activation | None, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
     ) -> torch.Tensor:
-        """See ``norm_factors_kernel``; weight and bias (channels,) or, with as many rows as there are steps, (steps, channels)."""
+        """See ``norm_factors_kernel``; weight and bias (channels,) or, with as many rows as there are steps, (steps,
+        channels).
+        """
         n, height, width, count = x.x.shape
         second = x if other is None else other
         channels = count + (0 if other is None else second.x.shape[-1])
@@ -621,11 +617,11 @@ class TritonLayers:
         with _on(out):
             self._launch(
                 convolution_kernel, (programs,),
-                out, sums, source, a, b, matrix, bias, out if residual is None else residual, height, width, down, across,
-                _images_per_row(n, bias), COUNT=weight.inputs, COUNT_A=channels[0], COUNT_B=channels[1], COUT=weight.outputs, TAPS=weight.taps,
-                STRIDE=weight.stride, PHASES=weight.phases, RESIDUAL=residual is not None,
-                MASKED=height % tile.rows != 0 or width % tile.columns != 0, ROWS=tile.rows, COLUMNS=tile.columns,
-                K=tile.k, OUTPUTS=tile.outputs, STAGES=tile.stages, PRECISION=self.precision, num_warps=4,
+                out, sums, source, a, b, matrix, bias, out if residual is None else residual, height, width, down,
+                across, _images_per_row(n, bias), COUNT=weight.inputs, COUNT_A=channels[0], COUNT_B=channels[1],
+                COUT=weight.outputs, TAPS=weight.taps, STRIDE=weight.stride, PHASES=weight.phases, RESIDUAL=residual
+                is not None, MASKED=height % tile.rows != 0 or width % tile.columns != 0, ROWS=tile.rows,
+                COLUMNS=tile.columns, K=tile.k, OUTPUTS=tile.outputs, STAGES=tile.stages, num_warps=4,
             )  # fmt: skip
         return Activation(out, sums)
 
@@ -644,7 +640,7 @@ class TritonLayers:
             self._launch(
                 head_products_kernel, (n * spans,),
                 products, x.x, factors, weight, height * width, spans,
-                C=channels, COLUMNS=columns, PIXELS=128, K=k, PRECISION=self.precision, num_warps=4,
+                C=channels, COLUMNS=columns, PIXELS=128, K=k, num_warps=4,
             )  # fmt: skip
             self._launch(
                 head_sums_kernel, (n * sum_spans, masks * patch * patch),

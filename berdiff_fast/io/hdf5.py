@@ -15,6 +15,8 @@ def _read(path: Path, series: str | None) -> Volume:
     with h5py.File(path, "r") as file:
         found = contained.dataset(file, "image")
         if found is None:
+            if "image" in file.keys():  # noqa: SIM118 - `in file` would follow a link
+                raise ValueError("cannot be read: 'image' is no data set")
             raise ValueError(f"must have a dataset 'image', got {sorted(file)}")
         limits.check_voxels(found.shape, found.dtype.itemsize)
         array = contained.whole(found)

@@ -14,8 +14,8 @@ import torch
 
 logger = logging.getLogger("berdiff_fast")
 
-#: Draws masks of images from seeds, and raises flags: ``draw(img, seeds, flags) -> masks``. Seeds are (B, 2), a seed and
-#: the index of the first sample: data of the graph, so that one graph draws any samples of any images.
+#: Draws masks of images from seeds, and raises flags: ``draw(img, seeds, flags) -> masks``. Seeds are (B, 2), a seed
+#: and the index of the first sample: data of the graph, so that one graph draws any samples of any images.
 Draw = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 #: Graphs that are kept of a network. Those of a device share the memory of their activations.
@@ -141,6 +141,7 @@ class Graph:
                     with _capturing(device, aside) as self._graph:
                         self._flags.zero_()
                         self._masks = draw(*inputs)
+                    self._open = True
                     if check:
                         self._graph.replay()
                         if not torch.equal(self._masks, expected):
@@ -165,8 +166,10 @@ class Graph:
         return found
 
     def close(self) -> None:
-        """Give its memory back, when nothing of it runs any more."""
+        """Give its memory back, when nothing of it runs any more. It cannot be replayed after that."""
         with _lock:
+            if self.__dict__.pop("_open", None) is None:
+                return
             if torch.cuda.is_current_stream_capturing():
                 _late.append((self._graph, self._masks))  # waiting now would spoil the capture
                 return
@@ -176,16 +179,15 @@ class Graph:
             self._graph.reset()
 
     def __del__(self) -> None:
-        if hasattr(self, "_masks"):  # else it was never captured
-            self.close()
+        self.close()
 
 
 @contextmanager
 def _capturing(device: torch.device, stream: torch.cuda.Stream) -> Iterator[torch.cuda.CUDAGraph]:
     """What is launched on ``stream`` goes into the graph that this yields; its memory comes from the device's pool.
 
-    cuBLAS keeps a workspace for each stream. One made before would be freed by ``empty_cache`` while the graph still has
-    its address, and one made in the pool must not be used by others (pytorch #192061): both are cleared.
+    cuBLAS keeps a workspace for each stream. One made before would be freed by ``empty_cache`` while the graph still
+    has its address, and one made in the pool must not be used by others (pytorch #192061): both are cleared.
     """
     if device not in _pools:
         _pools[device] = torch.cuda.graph_pool_handle()
@@ -195,8 +197,8 @@ def _capturing(device: torch.device, stream: torch.cuda.Stream) -> Iterator[torc
         with torch.cuda.graph(graph, pool=_pools[device], stream=stream, capture_error_mode="thread_local"):
             yield graph
     except BaseException:
-        # torch 2.11 leaves its allocator capturing where a capture fails (pytorch #180395): everything that is allocated
-        # later would go into the pool. The pool itself is given up, since nobody knows what is in it.
+        # torch 2.11 leaves its allocator capturing where a capture fails (pytorch #180395): everything that is
+        # allocated later would go into the pool. The pool itself is given up, since nobody knows what is in it.
         _end_allocation_to_pool(device, _pools.pop(device))
         raise
     finally:
@@ -248,8 +250,8 @@ def _host_must_not_wait() -> Iterator[None]:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a GPU's memory did not suffice: in the words of torch, its libraries, Triton or our own module.
 
-    "CUDA out of memory", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUDA kernel sample_step: out
-    of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED". ("out of resource" is no lack of memory.)
+    "CUDA out of memory", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "CUDA kernel sample_step:
+    out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED". ("out of resource" is no lack of memory.)
     """
     words = str(error)
     return (
