@@ -361,7 +361,7 @@ def group_norm_silu(
         other: (N, C', *spatial) in the dtype of x: channels after those of x, none by default.
         eps: added to the variance.
         silu: apply y sigmoid(y) to the result.
-        backend: "auto", "reference", "cpp" (float32), "triton", or "cuda", which takes Triton's kernels where they are.
+        backend: "auto", "reference", "cpp" (float32) or "triton"; "cuda" has no kernel of this op.
 
     Returns:
         (N, C + C', *spatial) in the dtype of x, channels last in memory.
@@ -808,7 +808,7 @@ def _group_norm_silu(*arguments):
     x, other, weight, bias, groups, eps, silu, backend = arguments
     _check_memory("x", x)
     _check_memory("other", other)
-    kernels = select.get(backend, x.device.type)
+    kernels = select.get(backend, x.device.type, "group_norm_silu")
     if out.numel():
         kernels.group_norm_silu(
             out.movedim(1, -1),

@@ -22,7 +22,8 @@ from berdiff_fast.network.inference import PreparedUNet
 if select.can_run("cpp", "cpu"):
     from berdiff_fast.backends import cpp
 
-every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+WITH_NORMS = [v for v in VARIANTS if "group_norm_silu" not in select.LACKING.get(v.backend, ())]
+every_variant = pytest.mark.parametrize("variant", WITH_NORMS, ids=lambda v: v.name)
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -147,6 +148,15 @@ def test_bad_input(changes, error, message):
     values = {"x": noise(1, 4, 2, 2), "weight": torch.ones(4), "bias": torch.zeros(4), "groups": 2} | changes
     with pytest.raises(error, match=message):
         ops.group_norm_silu(**values)
+
+
+def test_a_backend_without_norms_says_so(monkeypatch):
+    """Also where it could run: an explicit choice never falls back to another one."""
+    monkeypatch.setattr(select, "why_not", lambda name, device_type: None)
+    with pytest.raises(select.BackendUnavailableError, match=r"'cuda' has no kernel of group_norm_silu; 'auto' and"):
+        select.get("cuda", "cuda", "group_norm_silu")
+    with pytest.raises(select.BackendUnavailableError, match="no kernel of group_norm_silu"):
+        ops.group_norm_silu(noise(1, 4, 2, 2), torch.ones(4), torch.ones(4), 2, backend="cuda")
 
 
 # ---------------------------------------------------------------------- the network

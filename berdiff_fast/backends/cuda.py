@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 
 import berdiff_fast._cuda as _cuda
-from berdiff_fast.backends import select
 from berdiff_fast.backends.native import NativeBackend
 
 
@@ -36,11 +35,6 @@ class CudaBackend(NativeBackend):
     def diffusion_loss(self, value: torch.Tensor, *arguments) -> None:
         with torch.cuda.device_of(value):
             super().diffusion_loss(value, *arguments)
-
-    def group_norm_silu(self, out: torch.Tensor, *arguments) -> None:
-        """By Triton's kernels: memory is the limit, and there is nothing that CUDA C++ would do better."""
-        name = "triton" if select.can_run("triton", "cuda") else "reference"
-        select.get(name, "cuda").group_norm_silu(out, *arguments)
 
 
 def _current_stream(out: torch.Tensor) -> int:

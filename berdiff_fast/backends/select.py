@@ -18,6 +18,11 @@ BACKENDS = ("cuda", "cpp", "triton", "reference")
 #: What ``auto`` tries, in this order. Triton's interpreter is for tests, so a CPU never gets it unasked.
 _CANDIDATES = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 
+#: Ops that a backend has no kernel of. "auto" passes it over for these, and asking for it by name is an error.
+LACKING = {
+    "cuda": ("group_norm_silu",),  # memory is the limit, and CUDA C++ would do nothing better than Triton's kernels
+}
+
 
 class BackendUnavailableError(RuntimeError):
     """The backend that was asked for cannot run here; the message says why."""
@@ -115,29 +120,33 @@ def can_run(name: str, device_type: str, *, raise_error: bool = False) -> bool:
     return reason is None
 
 
-_found: dict[tuple[str, str], Any] = {}
+_found: dict[tuple[str, ...], Any] = {}
 
 
-def get(name: str, device_type: str) -> Any:
+def get(name: str, device_type: str, op: str = "") -> Any:
     """The backend that runs ops on a device type: an object with the functions noise, q_sample, step, posterior,
     diffusion_loss, overlap and group_norm_silu.
 
-    "auto" takes the fastest that can run and logs the choice once. An
-    explicit name never falls back.
+    "auto" takes the fastest that can run and has a kernel of ``op``, and logs the choice once. An explicit name never
+    falls back.
 
     Raises:
         ValueError: there is no backend of that name.
-        BackendUnavailableError: the named backend cannot run here.
+        BackendUnavailableError: the named backend cannot run here, or has no kernel of ``op``.
     """
-    key = (name, device_type)
+    key = (name, device_type, op) if any(op in ops for ops in LACKING.values()) else (name, device_type)
     if key not in _found:
-        _found[key] = _find(name, device_type)
+        _found[key] = _find(name, device_type, op)
     return _found[key]
 
 
-def _find(name: str, device_type: str) -> Any:
+def _find(name: str, device_type: str, op: str) -> Any:
+    if op in LACKING.get(name, ()):
+        others = [b for b in BACKENDS if op not in LACKING.get(b, ())]
+        raise BackendUnavailableError(f"backend {name!r} has no kernel of {op}; 'auto' and {others} have")
     if name == "auto":
-        chosen = next(b for b in _CANDIDATES.get(device_type, ("reference",)) if can_run(b, device_type))
+        candidates = [b for b in _CANDIDATES.get(device_type, ("reference",)) if op not in LACKING.get(b, ())]
+        chosen = next(b for b in candidates if can_run(b, device_type))
         if chosen == "reference":
             reasons = "; ".join(f"{b}: {why_not(b, device_type)}" for b in _CANDIDATES.get(device_type, ())[:-1])
             logger.warning("backend 'auto' uses the slow 'reference' on %r (%s)", device_type, reasons)
