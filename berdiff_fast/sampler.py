@@ -614,7 +614,7 @@ class _Prepared(_Network):
 
     def graph(self, draw: graph.Draw, chunk: _Chunk, call: _Call) -> graph.Graph | None:
         # Kept with the prepared weights, so that calls of ``sample`` share them and new weights have none.
-        prepared, key = self.prepared, (*chunk.key, call.sampler.key)
+        prepared, key = self.prepared, (*chunk.key, call.sampler.key, self.window)
         keep = call.coefficients
         return graph.captured(prepared.graphs, key, draw, chunk.img, chunk.seeds, prepared.steps + 1, keep, check=False)
 
