@@ -178,8 +178,8 @@ def _sample(options: argparse.Namespace) -> int:
         prepare="winograd" if options.winograd else True,
     )
     if options.modes is not None:
-        words = options.modes
-        given["modes"] = words[0] if not words[0].isdecimal() else [int(w) if w.isdecimal() else w for w in words]
+        asked = options.modes
+        given["modes"] = asked[0] if not asked[0].isdecimal() else [int(w) if w.isdecimal() else w for w in asked]
     with results.folder(options.output, volume, options.n, raters=theirs, overwrite=options.overwrite) as work:
         sampled = scans.sample_volume(
             model, volume, options.n, options.steps, work=work, progress=not options.quiet, **given
