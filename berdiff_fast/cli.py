@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from berdiff_fast import __version__, demo, info, training
+from berdiff_fast import __version__, demo, info, training, words
 from berdiff_fast.backends.select import BACKENDS
 from berdiff_fast.files import write_text
 from berdiff_fast.schedule import METHODS, SPACINGS
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        print(f"berdiff-fast {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"berdiff-fast {options.command}: {words.line(error)}", file=sys.stderr)
         return 1
 
 
@@ -127,11 +127,22 @@ def _add_sample(commands: Any) -> None:
         "--roi", type=int, nargs=4, metavar=("ROW", "END", "COLUMN", "END"), help="rows and columns to keep to"
     )
     command.add_argument("--overlap", type=float, default=0.25, help="of tiles (default: %(default)s)")
+    command.add_argument(
+        "--modes",
+        nargs="+",
+        metavar="CLASS",
+        help="of a model with a mode prior: only masks of these size classes, or: non-empty",
+    )
     command.add_argument("--series", metavar="UID", help="of a DICOM folder that holds several")
     command.add_argument(
-        "--raters", nargs="+", default=[], metavar="FILE", help="masks to compare with, on the same grid"
+        "--raters",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="masks to compare with, on the same grid, DICOM SEG or RTSTRUCT (FILE#NAME: one of several structures)",
     )
     command.add_argument("--report", action="store_true", help="also write report.html, to look at")
+    command.add_argument("--anonymize", action="store_true", help="name no file in report.html and summary.json")
     command.add_argument("--winograd", action="store_true", help="faster on a CPU, for a digit less")
     command.add_argument("--max-batch", type=int, metavar="MASKS", help="per call of the network")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
@@ -144,13 +155,14 @@ def _add_sample(commands: Any) -> None:
 def _sample(options: argparse.Namespace) -> int:
     from berdiff_fast import results, scans
     from berdiff_fast.imaging import volumes
+    from berdiff_fast.io import raters as raters_io
     from berdiff_fast.model import load
 
     device = _device(options.device)
     volume = volumes.read(options.input, series=options.series)
     if options.series is not None and volume.format != "dicom":
         raise ValueError(f"series: {options.input} is not a DICOM folder")
-    theirs = [volumes.read(path) for path in options.raters]
+    theirs = raters_io.read(options.raters, volume)
     raters = results.check_raters(theirs, volume)
     model = load(options.model).to(device)
     given: dict[str, Any] = dict(
@@ -165,18 +177,36 @@ def _sample(options: argparse.Namespace) -> int:
         max_batch=options.max_batch,
         prepare="winograd" if options.winograd else True,
     )
+    if options.modes is not None:
+        asked = options.modes
+        given["modes"] = asked[0] if not asked[0].isdecimal() else [int(w) if w.isdecimal() else w for w in asked]
     with results.folder(options.output, volume, options.n, raters=theirs, overwrite=options.overwrite) as work:
         sampled = scans.sample_volume(
             model, volume, options.n, options.steps, work=work, progress=not options.quiet, **given
         )
         told = results.provenance(
-            volume, sampled, options.model, scans.fingerprint(model), device, options.series, theirs
+            volume,
+            sampled,
+            options.model,
+            scans.fingerprint(model),
+            device,
+            options.series,
+            theirs,
+            anonymize=options.anonymize,
         )
-        summary = results.write(sampled, options.output, work, provenance=told, raters=raters, report=options.report)
+        summary = results.write(
+            sampled,
+            options.output,
+            work,
+            provenance=told,
+            raters=raters,
+            report=options.report,
+            anonymize=options.anonymize,
+        )
     if options.json:
         print(json.dumps(summary))
     elif not options.quiet:
-        print(results.as_text(summary, options.output))
+        print(words.shown(results.as_text(summary, options.output), lines=True))
     return 0
 
 
@@ -201,15 +231,16 @@ def _add_report(commands: Any) -> None:
     )
     command.add_argument("folder", help="of results")
     command.add_argument("--input", metavar="FILE", help="the scan, if it is no longer where it was")
-    command.add_argument("--raters", nargs="+", default=[], metavar="FILE", help="masks to compare with, on its grid")
+    command.add_argument("--raters", nargs="+", default=[], metavar="FILE", help="masks to compare with (see sample)")
+    command.add_argument("--anonymize", action="store_true", help="name no file, in a report to be passed on")
     command.set_defaults(run=_report)
 
 
 def _report(options: argparse.Namespace) -> int:
     from berdiff_fast import results
-    from berdiff_fast.imaging import volumes
 
-    print(results.report_again(options.folder, options.input, [volumes.read(path) for path in options.raters]))
+    written = results.report_again(options.folder, options.input, options.raters, anonymize=options.anonymize)
+    print(words.shown(str(written)))
     return 0
 
 
@@ -231,7 +262,10 @@ def _train(options: argparse.Namespace) -> int:
     training.require()
     from berdiff_fast.training import config, loop
 
-    print(loop.train(config.from_arguments(options)))
+    run = config.from_arguments(options)
+    path = loop.train(run)
+    if not run.quiet:
+        print(words.shown(str(path)))
     training.leave()
     return 0
 
@@ -289,7 +323,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         batch=options.batch,
         table=options.table,
         save_masks=options.save_masks,
-        name=options.model,
+        name=Path(options.model).name,  # without folders
     )
     if state.is_main_process:
         print(json.dumps(summary) if options.json else evaluate.as_text(summary))
@@ -365,7 +399,7 @@ def _bench(options: argparse.Namespace) -> int:
             report.plot(measured, folder / "bench.png")
         except ImportError as error:
             print(f"no picture: {error}", file=sys.stderr)
-        print(f"written: {folder}")
+        print(f"written: {words.shown(str(folder))}")
     for path in options.update:
         if not report.update(path, measured):
             raise ValueError(f"update: {path} has no place for a table, such as <!-- bench: call --> <!-- /bench -->")
@@ -402,7 +436,7 @@ def _demo(options: argparse.Namespace) -> int:
     print(f"  step kernel   {result.step_seconds:8.4f} s  ({result.step_seconds / result.seconds:.2%})")
     print(f"  backend       {result.backend}")
     print(f"  GED           {result.ged:8.3f}    (the raters' majority instead: {result.majority_ged:.3f})")
-    print(f"picture: {result.picture}")
+    print(f"picture: {words.shown(str(result.picture))}")
     return 0
 
 
@@ -482,7 +516,7 @@ def _import(options: argparse.Namespace) -> int:
     if options.json:
         print(report.to_json(), end="")
     elif not options.quiet:
-        print(report.to_text())
+        print(words.shown(report.to_text(), lines=True))
     return 0
 
 

@@ -16,10 +16,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from berdiff_fast import checks
+from berdiff_fast import checks, digests, mode_draws, words
 from berdiff_fast.files import write_bytes
 from berdiff_fast.network import official
-from berdiff_fast.network.unet import UNet
+from berdiff_fast.network.prior import ModePrior
+from berdiff_fast.network.unet import UNet, check_size
+from berdiff_fast.network.window import Window
 from berdiff_fast.ops import PREDICTIONS
 from berdiff_fast.rng import DRAW_CONTRACT
 from berdiff_fast.schedule import SPACINGS, NoiseSchedule
@@ -29,6 +31,8 @@ FORMAT = 1
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
+#: Before the names of the mode prior's weights; the denoiser's have none.
+_PRIOR = "mode_prior."
 _BUNDLED = Path(__file__).parent / "weights"
 
 
@@ -70,18 +74,32 @@ class Preprocessing:
                     raise ValueError(f"{name} must be two positive numbers, along rows and columns, got {pair!r}")
                 object.__setattr__(self, name, (kind(pair[0]), kind(pair[1])))
 
-    def __call__(self, raw: torch.Tensor) -> torch.Tensor:
-        """(B, C, *spatial) of any real dtype to float32 of the same shape."""
-        x = raw.to(torch.float32 if raw.dtype != torch.float64 else torch.float64)
+    def __call__(self, raw: torch.Tensor, limits: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """(B, C, *spatial) of any real dtype to float32 of the same shape.
+
+        Args:
+            limits: what ``limits`` says of the whole images, where ``raw`` is a part of them.
+        """
+        x = _floating(raw)
         if self.window is not None:
             low, high = self.window
             unit = (x.clamp(low, high) - low) / (high - low)
         else:
-            axes = tuple(range(1, x.ndim))
-            low_, high_ = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+            low_, high_ = self.limits(raw) if limits is None else limits
             unit = torch.where(high_ > low_, (x - low_) / (high_ - low_).clamp(min=1e-30), 0.0)
         start, end = self.output_range
         return (start + (end - start) * unit).float()
+
+    @staticmethod
+    def limits(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Minimum and maximum of each image, (B, 1, ..., 1) both, for "min-max"."""
+        x = _floating(raw)
+        axes = tuple(range(1, x.ndim))
+        return x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+
+
+def _floating(raw: torch.Tensor) -> torch.Tensor:
+    return raw.to(torch.float32 if raw.dtype != torch.float64 else torch.float64)
 
 
 class BerDiff(nn.Module):
@@ -97,6 +115,15 @@ class BerDiff(nn.Module):
         rescale_timesteps: give the network t * 1000 / T, as the published scripts may.
         mask_channels, img_channels, spatial_dims: K, C and 2 or 3; read off the network where it has these attributes,
             else 1, unchecked and 2.
+        output_crop: masks are denoised in the middle square of this many pixels, and nothing is marked around it; the
+            shape of masks and logits stays that of the image. 0: everywhere.
+        context, distance: what the network is shown beside the image in this window: the surroundings at half the
+            resolution, and each pixel's distance from the middle, as further image channels (``network.window``).
+        mode_prior: p(c | x), for a network that is told the size class c of the mask, as its fourth argument
+            (``UNet(num_classes=...)``). ``sample`` then draws a mask's class first; see docs/math.md.
+
+    Attributes:
+        output_window: these three, a ``network.window.Window``.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -114,6 +141,10 @@ class BerDiff(nn.Module):
         mask_channels: int | None = None,
         img_channels: int | None = None,
         spatial_dims: int | None = None,
+        output_crop: int = 0,
+        context: bool = False,
+        distance: bool = False,
+        mode_prior: ModePrior | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
@@ -136,8 +167,10 @@ class BerDiff(nn.Module):
         self.rescale_timesteps = rescale_timesteps
         if mask_channels is None:
             mask_channels = getattr(network, "mask_channels", 1)
-        if img_channels is None:
-            img_channels = getattr(network, "img_channels", None)
+        self.output_window = Window(output_crop, context, distance)
+        shown = getattr(network, "img_channels", None)
+        if img_channels is None and shown is not None:
+            img_channels = shown if self.output_window.plain else self.output_window.img_channels(shown)
         if spatial_dims is None:
             spatial_dims = getattr(network, "spatial_dims", 2)
         if spatial_dims not in (2, 3):
@@ -145,12 +178,107 @@ class BerDiff(nn.Module):
         self.mask_channels: int = checks.integer("mask_channels", mask_channels, 1)
         self.img_channels: int | None = img_channels and checks.integer("img_channels", img_channels, 1)
         self.spatial_dims: int = spatial_dims
+        if spatial_dims == 3 and not (self.output_window.plain and mode_prior is None):
+            raise ValueError("output_crop, distance and mode_prior are for images, got spatial_dims = 3")
+        if isinstance(network, UNet) and self.output_window.size:
+            check_size((output_crop, output_crop), network.downsampling, "output_crop")
+        if mode_prior is not None and not isinstance(mode_prior, ModePrior):
+            raise TypeError(f"mode_prior must be a ModePrior or None, got {type(mode_prior).__name__}")
+        told, drawn = getattr(network, "num_classes", 0), 0 if mode_prior is None else mode_prior.classes
+        if isinstance(network, UNet) and told != drawn:
+            raise ValueError(
+                f"mode_prior must be given exactly for a network that is told its {told} classes, got one of {drawn}"
+            )
+        if mode_prior is not None and self.img_channels not in (None, mode_prior.img_channels):
+            raise ValueError(
+                f"mode_prior must see the image's {self.img_channels} channels, got one of {mode_prior.img_channels}"
+            )
+        self.mode_prior = mode_prior
 
-    def forward(self, y_t: torch.Tensor, t: torch.Tensor, img: torch.Tensor) -> torch.Tensor:
-        """Logits (N, K, *spatial) for noisy masks y_t (N, K, *spatial), timesteps t (N,) and img (N, C, *spatial)."""
+    def forward(
+        self, y_t: torch.Tensor, t: torch.Tensor, img: torch.Tensor, mode: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits (N, K, *spatial) for noisy masks y_t (N, K, *spatial), timesteps t (N,) and img (N, C, *spatial).
+
+        Args:
+            mode: (N,) int64, the size class of each mask, for a model with a mode prior.
+        """
+        if (mode is None) != (self.mode_prior is None):
+            raise ValueError(
+                f"mode must be given exactly to a model with a mode prior, got {'none' if mode is None else 'one'}"
+            )
         if self.rescale_timesteps:
             t = t.float() * (1000.0 / self.schedule.timesteps)
-        return self.network(y_t, t, img)
+        told = () if mode is None else (mode,)
+        if self.output_window.plain:
+            return self.network(y_t, t, img, *told)
+        self.output_window.check("img", img.shape)
+        logits = self.network(self.output_window.cut(y_t), t, self.output_window.view(img), *told)
+        return self.output_window.fill(logits, y_t, self.prediction)
+
+    def prior(self, img: torch.Tensor | np.ndarray) -> torch.Tensor:
+        """How likely a mask of each size class is, before anything is drawn: p(c | x).
+
+        Class 0 is the empty mask, so ``1 - model.prior(img)[:, 0]`` is the probability that a reader marks something.
+
+        Args:
+            img: as in ``sample``: float (B, C, H, W) or (C, H, W), scaled as the network expects it.
+
+        Returns:
+            float32 (B, classes), of sum 1. The classes are those of ``model.mode_prior.edges``; see ``size_class``.
+
+        Raises:
+            ValueError, TypeError: the model has no mode prior, or a wrong ``img``.
+        """
+        if self.mode_prior is None:
+            raise ValueError("this model has no mode prior: it draws masks of all sizes at once")
+        weight = next(self.mode_prior.parameters())
+        x = checks.tensor("img", img)
+        if x is not img:
+            x = x.to(weight.device)
+        if not x.is_floating_point():
+            raise TypeError(f"img must be floating point, scaled as the network expects it, got {x.dtype}")
+        x = x[None] if x.ndim == 3 else x
+        if x.ndim != 4 or x.shape[1] != self.mode_prior.img_channels or 0 in x.shape:
+            raise ValueError(
+                f"img must be (B, C, H, W) or (C, H, W) with {self.mode_prior.img_channels} channels, got shape "
+                f"{tuple(x.shape)}"
+            )
+        if x.device != weight.device:
+            raise ValueError(f"img must be on the model's device {weight.device}, got {x.device}")
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError("img must be finite, got NaN or infinite values")
+        return mode_draws.probabilities(mode_draws.logits(self.mode_prior, x))
+
+    def with_weights(self, network: nn.Module, mode_prior: ModePrior | None) -> BerDiff:
+        """A model that is like this one but for its modules: averaged ones, say."""
+        return BerDiff(
+            network,
+            self.schedule,
+            self.prediction,
+            preprocessing=self.preprocessing,
+            spacing=self.spacing,
+            rescale_timesteps=self.rescale_timesteps,
+            mask_channels=self.mask_channels,
+            img_channels=self.img_channels,
+            spatial_dims=self.spatial_dims,
+            output_crop=self.output_window.size,
+            context=self.output_window.context,
+            distance=self.output_window.distance,
+            mode_prior=mode_prior,
+        )
+
+    @property
+    def size_multiple(self) -> int:
+        """What an image's height and width must be multiples of."""
+        return self.network.downsampling if isinstance(self.network, UNet) and not self.output_window.size else 1
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All weights by the names they have in a file: the network's, and behind ``mode_prior.`` the prior's."""
+        found = dict(self.network.state_dict())
+        if self.mode_prior is not None:
+            found |= {_PRIOR + name: tensor for name, tensor in self.mode_prior.state_dict().items()}
+        return found
 
     def preprocess(self, raw: torch.Tensor | np.ndarray) -> torch.Tensor:
         """Raw intensities (uint8, Hounsfield units, ...) to the ``img`` of ``sample``.
@@ -198,7 +326,7 @@ class BerDiff(nn.Module):
                 f"only a berdiff_fast.UNet can be saved with its architecture, got {type(self.network).__name__}; "
                 "save that network's own state_dict instead"
             )
-        return {
+        config: dict[str, Any] = {
             "format": FORMAT,
             "draw_contract": DRAW_CONTRACT,
             "network": {"type": "UNet", **self.network.config},
@@ -208,17 +336,33 @@ class BerDiff(nn.Module):
             "rescale_timesteps": self.rescale_timesteps,
             "preprocessing": asdict(self.preprocessing) if self.preprocessing else None,
         }
+        # Only what is used is named: files of other models are what they were.
+        window = self.output_window
+        used = {"output_crop": window.size, "context": window.context, "distance": window.distance}
+        config |= {name: value for name, value in used.items() if value}
+        if self.mode_prior is not None:
+            config["mode_prior"] = self.mode_prior.config
+        return config
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> BerDiff:
         """An untrained model as ``to_config`` described it."""
         if config.get("format") != FORMAT:
-            raise ValueError(f"model format {config.get('format')!r} is unknown; this version reads {FORMAT}")
+            raise ValueError(f"model format {config.get('format')!r:.80} is unknown; this version reads {FORMAT}")
+        for key in ("network", "schedule"):
+            if not isinstance(config[key], Mapping):
+                raise ValueError(f"{key} must be an object, got {config[key]!r:.80}")
         network = dict(config["network"])
         kind = network.pop("type")
         if kind != "UNet":
-            raise ValueError(f"network type must be 'UNet', got {kind!r}")
-        preprocessing = config.get("preprocessing")
+            raise ValueError(f"network type must be 'UNet', got {kind!r:.80}")
+        preprocessing, prior = config.get("preprocessing"), config.get("mode_prior")
+        if not isinstance(config["rescale_timesteps"], bool):
+            raise ValueError(f"rescale_timesteps must be true or false, got {config['rescale_timesteps']!r:.80}")
+        if not isinstance(preprocessing, (Mapping, type(None))):
+            raise ValueError(f"preprocessing must be an object or null, got {preprocessing!r:.80}")
+        if not isinstance(prior, (Mapping, type(None))):
+            raise ValueError(f"mode_prior must be an object or null, got {prior!r:.80}")
         return cls(
             UNet(**network),
             NoiseSchedule.from_config(config["schedule"]),
@@ -226,28 +370,36 @@ class BerDiff(nn.Module):
             preprocessing=Preprocessing(**preprocessing) if preprocessing else None,
             spacing=config.get("spacing", "uniform"),
             rescale_timesteps=config["rescale_timesteps"],
+            output_crop=config.get("output_crop", 0),
+            context=config.get("context", False),
+            distance=config.get("distance", False),
+            mode_prior=None if prior is None else ModePrior(**prior),
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, follow: bool = True) -> None:
         """Write the model: one file if ``path`` ends in .safetensors, else a directory.
 
-        A file carries the configuration in its header; a directory has it as config.json beside model.safetensors.
-        Each file is written beside its place and renamed, so none is ever half there.
+        A file carries the configuration in its header, with a checksum of all; a directory has it as config.json beside
+        model.safetensors. Each file is written beside its place and renamed, so none is ever half there.
+
+        Args:
+            path: the file or the directory.
+            follow: where a file is a symbolic link, replace the file behind it. In a directory links are replaced.
 
         Raises:
             TypeError: the network is not a ``UNet``.
             OSError: the place cannot be written.
         """
         config = self.to_config()
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
-        data = safetensors.torch.save(weights, metadata={"berdiff_fast": json.dumps(config)})
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights().items()}
+        data = safetensors.torch.save(weights, metadata={"berdiff_fast": digests.seal(config, weights)})
         path = Path(path)
         if path.suffix == ".safetensors":
-            write_bytes(path, data)
+            write_bytes(path, data, follow=follow)
         else:
             path.mkdir(parents=True, exist_ok=True)
-            write_bytes(path / _WEIGHTS, data)
-            write_bytes(path / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+            write_bytes(path / _WEIGHTS, data, follow=False)
+            write_bytes(path / _CONFIG, (json.dumps(config, indent=2) + "\n").encode(), follow=False)
 
 
 def bundled_models() -> list[str]:
@@ -281,7 +433,7 @@ def load(name_or_path: str | os.PathLike[str]) -> BerDiff:
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            weights = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read as safetensors (truncated or damaged?): {error}") from error
     if "berdiff_fast" not in metadata:
@@ -289,11 +441,46 @@ def load(name_or_path: str | os.PathLike[str]) -> BerDiff:
             f"{file} does not describe a berdiff_fast model; load_official reads checkpoints of the published code"
         )
     try:
-        model = BerDiff.from_config(json.loads(metadata["berdiff_fast"]))
-        model.network.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{file} does not hold a complete berdiff_fast model: {error}") from error
+        config = digests.parsed(metadata["berdiff_fast"])
+        of_prior = {k.removeprefix(_PRIOR): weights[k] for k in weights if k.startswith(_PRIOR)}
+        of_network = {k: w for k, w in weights.items() if not k.startswith(_PRIOR)}
+        _check_network(config.get("network"), of_network)
+        _check_prior(config.get("mode_prior"), of_prior)
+        model = BerDiff.from_config(config)
+        if unknown := config.keys() - model.to_config().keys():
+            raise ValueError(f"its description has the unknown key {min(unknown)!r:.80}")
+        digests.check(metadata["berdiff_fast"], weights)  # last: what can be said more plainly has been
+        model.network.load_state_dict({name: tensor.float() for name, tensor in of_network.items()})
+        if model.mode_prior is not None:
+            model.mode_prior.load_state_dict({name: tensor.float() for name, tensor in of_prior.items()})
+    except Exception as error:  # what the header says may be of any kind
+        raise ValueError(f"{file} does not hold a complete berdiff_fast model: {words.line(error)}") from error
     return model.eval()
+
+
+def _check_network(config: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """That the weights are those of the network described, before memory is taken for that.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: they are not, or no network can be described so.
+    """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"network must be an object, got {config!r:.80}")
+    arguments = {name: value for name, value in config.items() if name != "type"}
+    with torch.device("meta"):
+        UNet(**arguments).load_state_dict({name: tensor.to("meta") for name, tensor in weights.items()})
+
+
+def _check_prior(config: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """The same of the mode prior, where there is one."""
+    if config is None:
+        if weights:
+            raise ValueError("it has weights of a mode prior that it does not describe")
+        return
+    if not isinstance(config, Mapping):
+        raise ValueError(f"mode_prior must be an object, got {config!r:.80}")
+    with torch.device("meta"):
+        ModePrior(**config).load_state_dict({name: tensor.to("meta") for name, tensor in weights.items()})
 
 
 def load_official(

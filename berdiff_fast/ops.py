@@ -413,6 +413,23 @@ def _call(name: str, first: torch.Tensor, **tensors: torch.Tensor) -> Callable[.
 # ---------------------------------------------------------------------- checks
 
 
+def _check_memory(name: str, tensor: torch.Tensor | None) -> None:
+    """That a large tensor still has the memory that its shape asks for; an address says it of small ones."""
+    if tensor is not None and tensor.untyped_storage().nbytes() < tensor.nbytes:
+        _check_extent(name, tensor)
+
+
+def _check_extent(name: str, tensor: torch.Tensor) -> None:
+    """An expanded tensor has less memory than elements; a freed storage, or one made smaller, less than it reaches."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    wanted = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    if wanted > tensor.untyped_storage().nbytes():
+        raise ValueError(
+            f"{name} has no memory: its storage has {tensor.untyped_storage().nbytes()} bytes of the {wanted} that it "
+            f"reaches (it was freed, or resized, since)"
+        )
+
+
 def _check_seeds(seeds: torch.Tensor, rows: int, samples_per_image: int, first_row: int, first_sample: int) -> None:
     if seeds.dtype is not torch.int64 or not (seeds.ndim == 1 or (seeds.ndim == 2 and seeds.shape[1] == 2)):
         raise ValueError(f"seeds must be (B,) or (B, 2) int64, got shape {tuple(seeds.shape)} of {seeds.dtype}")
@@ -548,7 +565,7 @@ def _sample_step_output(
 ) -> torch.Tensor:
     _check_rule(y_t, logits, coefficients, prediction)
     _check_dtype(dtype)
-    _check_seeds(seeds, y_t.shape[0], samples_per_image, first_row, first_sample)
+    _check_seeds(seeds, y_t.size(0), samples_per_image, first_row, first_sample)
     # The kernel writes into it: a copy would lose what it says.
     if nan_flag.dtype is not torch.int32 or nan_flag.shape != (1,):
         raise ValueError(f"nan_flag must be int32 of shape (1,), got {nan_flag.dtype} of shape {tuple(nan_flag.shape)}")
@@ -690,6 +707,7 @@ def _initial_noise(*arguments):
 def _q_sample(*arguments):
     out = _q_sample_output(*arguments)
     y_0, t, flip, seeds, *rows, _dtype, backend = arguments
+    _check_memory("y_0", y_0)
     kernels = select.get(backend, y_0.device.type)
     if out.numel():
         kernels.q_sample(out, y_0.contiguous(), t.contiguous(), flip.contiguous(), seeds.contiguous(), *rows)
@@ -700,7 +718,12 @@ def _sample_step(*arguments):
     out = _sample_step_output(*arguments)
     y_t, logits, seeds, coefficients, nan_flag, timestep, *rows, prediction, threshold, _dtype, backend = arguments
     kernels = select.get(backend, "cpu" if y_t.is_cpu else y_t.device.type)
-    if out.numel():
+    if count := out.numel():
+        # As _check_memory does, in less time, which a small step would notice.
+        if y_t.untyped_storage().nbytes() < count:
+            _check_extent("y_t", y_t)
+        if logits.untyped_storage().nbytes() < count:
+            _check_extent("logits", logits)
         kernels.step(
             out,
             y_t.contiguous(),
@@ -719,6 +742,8 @@ def _sample_step(*arguments):
 def _posterior(*arguments):
     out = _posterior_output(*arguments)
     y_t, logits, coefficients, prediction, backend = arguments
+    _check_memory("y_t", y_t)
+    _check_memory("logits", logits)
     kernels = select.get(backend, "cpu" if y_t.is_cpu else y_t.device.type)
     if out.numel():
         kernels.posterior(out, y_t.contiguous(), logits.contiguous(), coefficients.contiguous(), prediction == "y_0")
@@ -728,6 +753,8 @@ def _posterior(*arguments):
 def _diffusion_loss(*arguments):
     value, gradient = _diffusion_loss_output(*arguments)
     logits, y_t, y_0, rows, ignore, prediction, backend = arguments
+    for name, tensor in (("logits", logits), ("y_t", y_t), ("y_0", y_0), ("t", rows), ("ignore", ignore)):
+        _check_memory(name, tensor)
     kernels = select.get(backend, y_t.device.type)
     if gradient.numel():
         kernels.diffusion_loss(
@@ -768,6 +795,8 @@ def _scale_gradient(ctx, grad_value, _grad_gradient):
 def _overlap(*arguments):
     out = _overlap_output(*arguments)
     a, b, backend = arguments
+    _check_memory("a", a)
+    _check_memory("b", b)
     kernels = select.get(backend, "cpu" if a.is_cpu else a.device.type)
     if out.numel():
         kernels.overlap(out, a.contiguous(), a[:, :0] if b is None else b.contiguous())
@@ -777,6 +806,8 @@ def _overlap(*arguments):
 def _group_norm_silu(*arguments):
     out = _group_norm_silu_output(*arguments)
     x, other, weight, bias, groups, eps, silu, backend = arguments
+    _check_memory("x", x)
+    _check_memory("other", other)
     kernels = select.get(backend, x.device.type, "group_norm_silu")
     if out.numel():
         kernels.group_norm_silu(

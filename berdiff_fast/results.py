@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,98 +15,28 @@ import torch
 
 import berdiff_fast
 from berdiff_fast import metrics
-from berdiff_fast.files import write_text
+from berdiff_fast.files import whole_file
 from berdiff_fast.imaging import volumes
 from berdiff_fast.imaging.summary import disagreement, spread
 from berdiff_fast.imaging.volumes import Volume
+from berdiff_fast.io import raters as raters_io
+from berdiff_fast.result_files import (
+    SUMMARY,
+    WORK,
+    as_private_as,
+    file_name,
+    folder,
+    install,
+    names,
+    read_summary,
+    stage,
+)
 from berdiff_fast.scans import SampledVolume, sampled_region
+from berdiff_fast.words import shown
+
+__all__ = ["SUMMARY", "WORK", "as_text", "check_raters", "folder", "provenance", "report_again", "write"]
 
 logger = logging.getLogger("berdiff_fast")
-
-SUMMARY = "summary.json"
-WORK = ".unfinished"
-
-#: The ending of results by the format of the scan.
-_ENDINGS = {
-    "nifti": ".nii.gz",
-    "nrrd": ".nrrd",
-    "metaimage": ".mha",
-    "dicom": ".nii.gz",
-    "picture": ".png",
-    "numpy": ".npy",
-    "hdf5": ".npy",
-}
-
-
-@contextlib.contextmanager
-def folder(
-    output: str | os.PathLike[str], volume: Volume, n: int, *, raters: Sequence[Volume] = (), overwrite: bool = False
-) -> Iterator[Path]:
-    """The folder of results, to be filled; yields one inside for what is unfinished, which is removed in the end.
-
-    After an interruption, or an error once slices are done, that stays, and the same call goes on there. After any
-    other error nothing is left.
-
-    Args:
-        output: the folder; made if it is not there.
-        volume, raters: what is read, which is never written over.
-        n: how many masks there will be.
-        overwrite: replace earlier results, and files that have the names of results.
-
-    Raises:
-        FileExistsError: it holds results or files with their names, and ``overwrite`` is False; or what is read.
-        ValueError: it has a summary that is not of results, which is not replaced.
-        OSError: it cannot be made or written to.
-    """
-    root = Path(output)
-    if root.exists() and not root.is_dir():
-        raise FileExistsError(f"output must be a folder, and {root} is a file")
-    work = root / WORK
-    if (root / SUMMARY).exists():
-        _read_summary(root)
-        if not overwrite:
-            raise FileExistsError(f"output: {root} holds results already; choose another folder, or overwrite them")
-    there = [name for name in _names(volume, n) if (root / name).exists()]
-    read = {one.path.resolve() for one in (volume, *raters)}
-    for name in there:
-        if (root / name).resolve() in read:
-            raise FileExistsError(f"output: {root / name} is read, and would be written over; choose another folder")
-    if there and not overwrite and not (work / "done").exists():
-        raise FileExistsError(f"output: {root} holds {there[0]}, which is of no results; choose another folder")
-    made = [p for p in (root, *root.parents) if not p.exists()]
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        yield work
-    except BaseException as error:
-        kept = (work / "done").exists() or isinstance(error, KeyboardInterrupt)
-        if not kept:
-            shutil.rmtree(work, ignore_errors=True)
-            for path in made:
-                with contextlib.suppress(OSError):
-                    path.rmdir()
-        raise
-    shutil.rmtree(work)
-
-
-def _names(volume: Volume, n: int) -> list[str]:
-    """Names of what is written: masks, mean and entropy, and what there may be beside."""
-    ending = _ENDINGS[volume.format]
-    if ending == ".png" and len(volume.array) > 1:
-        ending = ".npy"
-    digits = max(3, len(str(n - 1)))
-    masks = [f"mask_{k:0{digits}d}{ending}" for k in range(n)]
-    return [*masks, f"mean{ending}", f"entropy{ending}", "masks.dcm", "mean.dcm", "report.html"]
-
-
-def _read_summary(root: Path) -> dict[str, Any]:
-    """Of results; ValueError if it is not."""
-    try:
-        summary = json.loads((root / SUMMARY).read_text(encoding="utf-8"))
-        if not {"masks", "mean", "entropy", "segmentations", "input", "input_sha256"} <= summary.keys():
-            raise ValueError("it has other keys")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{root / SUMMARY} is not of results of berdiff-fast sample: {error}") from None
-    return summary
 
 
 def check_raters(raters: Sequence[Volume], volume: Volume) -> np.ndarray | None:
@@ -119,18 +47,7 @@ def check_raters(raters: Sequence[Volume], volume: Volume) -> np.ndarray | None:
     """
     found = []
     for rater in raters:
-        if rater.array.shape != volume.array.shape:
-            raise ValueError(
-                f"raters: {rater.path} has the shape {rater.array.shape}, and the scan {volume.array.shape}"
-            )
-        geometry = [np.abs(np.subtract(rater.origin, volume.origin)).max()]
-        geometry.append(np.abs(rater.direction - volume.direction).max())
-        if rater.spacing is not None and volume.spacing is not None:
-            geometry.append(np.abs(np.subtract(rater.spacing, volume.spacing)).max())
-            if max(geometry) > 1e-3:
-                raise ValueError(
-                    f"raters: {rater.path} lies elsewhere than the scan: other origin, spacing or direction"
-                )
+        rater = raters_io.onto(rater, volume)
         values = np.unique(rater.array)
         if len(values) > 2 or (len(values) == 2 and values[0] != 0 and values[1] != 0):
             raise ValueError(f"raters: {rater.path} must hold a mask, of 0 and one other value")
@@ -146,6 +63,7 @@ def write(
     provenance: dict[str, Any],
     raters: np.ndarray | None = None,
     report: bool = False,
+    anonymize: bool = False,
 ) -> dict[str, Any]:
     """Write masks, the mean and the disagreement (entropy, in bits), and the summary, which comes last.
 
@@ -156,29 +74,28 @@ def write(
         provenance: what the summary is to say beside sizes: seed, model, versions.
         raters: bool (R, S, H, W), to compare with.
         report: also write ``report.html``.
+        anonymize: the report is to be passed on; it names no file.
 
     Returns:
         The summary.
     """
     volume, root = sampled.volume, Path(output)
-    stage = work / "results"
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir()
-    *names, mean_name, entropy_name = _names(volume, sampled.n)[: sampled.n + 2]
+    staged = stage(work)
+    *mask_names, mean_name, entropy_name = names(volume, sampled.n)[: sampled.n + 2]
     voxels = []
-    for k, name in enumerate(names):
+    for k, name in enumerate(mask_names):
         mask = sampled.mask(k)
         voxels.append(int(mask.sum()))
-        volumes.write(stage / name, mask, volume)
+        volumes.write(staged / name, mask, volume)
     mean = sampled.mean
-    volumes.write(stage / mean_name, mean, volume)
-    volumes.write(stage / entropy_name, disagreement(mean).numpy(), volume)
+    volumes.write(staged / mean_name, mean, volume)
+    volumes.write(staged / entropy_name, disagreement(mean).numpy(), volume)
     summary = {
         **provenance,
-        "masks": names,
+        "masks": mask_names,
         "mean": mean_name,
         "entropy": entropy_name,
-        "segmentations": _segmentations(stage, sampled, mean) if volume.format == "dicom" and any(voxels) else [],
+        "segmentations": _segmentations(staged, sampled, mean) if volume.format == "dicom" and any(voxels) else [],
         "sizes": _sizes(voxels, volume),
     }
     if raters is not None:
@@ -186,14 +103,12 @@ def write(
         summary["raters"] = {**_against(sampled, raters), "voxels_not_compared": outside}
     if report:
         try:
-            _report(stage / "report.html", volume, sampled.masks, raters, provenance)
+            _report(staged / "report.html", volume, sampled.masks, raters, provenance, anonymize)
             summary["report"] = "report.html"
         except ValueError as error:  # too large, say: no reason to throw masks away
             logger.warning("no report: %s", error)
-    _remove_former(root)
-    for path in sorted(stage.iterdir()):
-        os.replace(path, root / path.name)
-    write_text(root / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    (staged / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    install(staged, root, volume)
     return summary
 
 
@@ -230,14 +145,19 @@ def _where_sampled(raters: np.ndarray, plan: dict[str, Any]) -> tuple[np.ndarray
 
 
 def report_again(
-    folder: str | os.PathLike[str], scan: str | os.PathLike[str] | None = None, raters: Sequence[Volume] = ()
+    folder: str | os.PathLike[str],
+    scan: str | os.PathLike[str] | None = None,
+    raters: Sequence[Volume | str | os.PathLike[str]] = (),
+    *,
+    anonymize: bool = False,
 ) -> Path:
     """``report.html`` of results that are there.
 
     Args:
         folder: of results.
-        scan: where it is, if no longer where the summary says.
-        raters: masks on its grid, to compare with.
+        scan: where it is; by default a file of its name is looked for in the folder, beside it, and here.
+        raters: masks to compare with, or their paths.
+        anonymize: the report is to be passed on; it names no file.
 
     Raises:
         FileNotFoundError, ValueError: no results, or another scan than they were made of.
@@ -245,17 +165,37 @@ def report_again(
     root = Path(folder)
     if not (root / SUMMARY).is_file():
         raise FileNotFoundError(f"{root} holds no results: there is no {SUMMARY}")
-    summary = _read_summary(root)
-    volume = volumes.read(summary["input"] if scan is None else scan, series=summary["series"])
+    summary = read_summary(root)
+    volume = volumes.read(_scan_of(summary, root) if scan is None else scan, series=summary.get("series"))
     if volume.fingerprint() != summary["input_sha256"]:
         raise ValueError(f"{volume.path} is not what the results in {root} were made of: voxels or geometry differ")
-    masks = np.stack([volumes.read(root / name).array != 0 for name in summary["masks"]])
-    provenance = {k: v for k, v in summary.items() if k not in _RESULTS} | _files(raters)
-    theirs = check_raters(raters, volume)
-    if theirs is not None:
-        theirs, _ = _where_sampled(theirs, summary)
-    _report(root / "report.html", volume, masks, theirs, provenance)
+    masks = []
+    for name in summary["masks"]:
+        mask = volumes.read(root / name).array
+        if mask.shape != volume.array.shape:
+            raise ValueError(f"{root / name} has the shape {mask.shape}, and the scan {volume.array.shape}")
+        masks.append(mask != 0)
+    read = raters_io.read(raters, volume)
+    told = {k: v for k, v in summary.items() if k not in _RESULTS} | _files(read, anonymize)
+    theirs = check_raters(read, volume)
+    try:
+        if theirs is not None:
+            theirs, _ = _where_sampled(theirs, summary)
+        with whole_file(root / "report.html", follow=False) as new:
+            _report(new, volume, np.stack(masks), theirs, told, anonymize)
+            as_private_as(new, volume)
+    except (KeyError, TypeError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{root / SUMMARY} is not of results of berdiff-fast sample: {error!r}") from None
     return root / "report.html"
+
+
+def _scan_of(summary: dict[str, Any], root: Path) -> Path:
+    """Where the scan of results may be."""
+    name = Path(summary["input"])  # with its folders, in results of before
+    for place in (name, *(here / name.name for here in (root, root.absolute().parent, Path()))):
+        if place.is_file() or (place.is_dir() and place.is_absolute()):
+            return place
+    raise FileNotFoundError(f"there is no such file as {name.name}, the scan of {root}, beside it; name it as --input")
 
 
 #: What the summary says of results, beside how they were made.
@@ -263,7 +203,12 @@ _RESULTS = ("masks", "mean", "entropy", "segmentations", "sizes", "raters", "rat
 
 
 def _report(
-    path: Path, volume: Volume, masks: np.ndarray, raters: np.ndarray | None, provenance: dict[str, Any]
+    path: Path,
+    volume: Volume,
+    masks: np.ndarray,
+    raters: np.ndarray | None,
+    provenance: dict[str, Any],
+    anonymize: bool = False,
 ) -> None:
     from berdiff_fast.imaging.report import write_report
 
@@ -275,11 +220,26 @@ def _report(
         path,
         np.moveaxis(volume.array, axis, 0)[first:last],
         np.moveaxis(masks, axis + 1, 1)[:, first:last],
-        title=volume.path.name + part,
+        title=("Scan" if anonymize or provenance.get("anonymized") else shown(file_name(volume))) + part,
         spacing=spacing and tuple(spacing),
         raters=None if raters is None else np.moveaxis(raters, axis + 1, 1)[:, first:last],
-        provenance=provenance,
+        provenance=_without_names(provenance, anonymize),
     )
+
+
+#: What tells where masks come from: names, and what finds the scan again for who has it.
+_NAMES = ("input", "series", "input_sha256", "rater_files")
+
+
+def _without_names(provenance: Mapping[str, Any], anonymize: bool) -> dict[str, Any]:
+    """Provenance as a report may hold it: no folders, and no names at all where it is to be passed on."""
+    if anonymize or provenance.get("anonymized"):
+        return {k: v for k, v in provenance.items() if k not in _NAMES}
+    plain = dict(provenance)
+    for key in ("input", "model"):  # of results of before
+        if isinstance(plain.get(key), str):
+            plain[key] = shown(Path(plain[key]).name)
+    return plain
 
 
 def _sizes(voxels: list[int], volume: Volume) -> dict[str, Any]:
@@ -297,16 +257,6 @@ def _against(sampled: SampledVolume, raters: np.ndarray) -> dict[str, float]:
     theirs, ours = torch.from_numpy(raters)[None].flatten(3, -1), torch.from_numpy(sampled.masks)[None].flatten(3, -1)
     found = metrics.evaluate(theirs, ours, ("ged", "hm_iou"))
     return {"count": len(raters), **{name: float(value[0]) for name, value in found.items()}}
-
-
-def _remove_former(root: Path) -> None:
-    """Earlier results, which are now being replaced: the summary first, which says what else there is."""
-    if (root / SUMMARY).is_file():
-        former = _read_summary(root)
-        named = [*former["masks"], former["mean"], former["entropy"], *former["segmentations"], "report.html"]
-        (root / SUMMARY).unlink()
-        for name in named:
-            (root / Path(name).name).unlink(missing_ok=True)
 
 
 def as_text(summary: dict[str, Any], output: str | os.PathLike[str]) -> str:
@@ -339,23 +289,30 @@ def provenance(
     device: str,
     series: str | None = None,
     raters: Sequence[Volume] = (),
+    *,
+    anonymize: bool = False,
 ) -> dict[str, Any]:
-    """How masks came about, enough to draw them again; and what they are compared with."""
+    """How masks came about, enough to draw them again; and what they are compared with.
+
+    Files are named without their folders, which may be named after patients; with ``anonymize`` not at all.
+    """
     return {
-        "input": str(volume.path.resolve()),
-        "series": series,
+        "input": "scan" if anonymize else file_name(volume),
+        "series": None if anonymize else series,
         "input_sha256": volume.fingerprint(),
-        "model": model_name,
+        **({"anonymized": True} if anonymize else {}),
+        "model": Path(model_name).name,
         "model_sha256": model_hash,
         "berdiff_fast": berdiff_fast.__version__,
         "draw_contract": berdiff_fast.DRAW_CONTRACT,
         "torch": torch.__version__,
         "device": device,
         **sampled.plan,
-        **_files(raters),
+        **_files(raters, anonymize),
         "notice": "Not a medical device.",
     }
 
 
-def _files(raters: Sequence[Volume]) -> dict[str, list[str]]:
-    return {"rater_files": [str(rater.path.resolve()) for rater in raters]} if raters else {}
+def _files(raters: Sequence[Volume], anonymize: bool) -> dict[str, list[str]]:
+    named = [f"rater {k}" if anonymize else file_name(rater) for k, rater in enumerate(raters, start=1)]
+    return {"rater_files": named} if raters else {}

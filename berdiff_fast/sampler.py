@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from berdiff_fast import checks, ops, parallel_in_time, rng
+from berdiff_fast import checks, mode_draws, ops, parallel_in_time, rng
 from berdiff_fast.backends import select
 from berdiff_fast.model import BerDiff
 from berdiff_fast.network import graph, inference
+from berdiff_fast.network.prior import ModePrior
+from berdiff_fast.network.window import Window
 from berdiff_fast.schedule import NoiseSchedule
 
 logger = logging.getLogger("berdiff_fast")
@@ -26,7 +28,7 @@ FINALS = ("threshold", "sample")
 
 _FORWARD = BerDiff.forward
 
-Model = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Model = Callable[..., torch.Tensor]
 
 
 def sample(
@@ -50,7 +52,10 @@ def sample(
     parallel: int | None = None,
     backend: str = "auto",
     progress: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    modes: int | str | Sequence[int] | None = None,
+    stratify: bool = True,
+    return_modes: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Draw n plausible masks for each image (BerDiff, algorithm 2, on a sub-sequence of timesteps).
 
     Mask k of an image depends on its seed, the logits, the step and k alone: not on n, on the batch, on ``max_batch``,
@@ -91,9 +96,16 @@ def sample(
             made. By default one step after another.
         backend: of the draws: "auto", "reference", "cpp", "cuda" or "triton".
         progress: show a progress bar.
+        modes: of a model with a mode prior, draw masks of these size classes only, in proportion to their probability:
+            a class, several, "non-empty" (if there is something, what does it look like?) or "empty".
+        stratify: spread the classes of an image's masks evenly over p(c | x): of every aligned block of 2^m masks each
+            class has its share, to within one mask. Each mask by itself is still a draw from p, but those of an image
+            are no longer independent; False draws each class by itself.
+        return_modes: also return the class of each mask, int64 (B, n).
 
     Returns:
-        bool (B, n, K, *spatial) on the model's device; with ``return_probability`` also float32 of the same shape.
+        bool (B, n, K, *spatial) on the model's device; with ``return_probability`` also float32 of the same shape, then
+        with ``return_modes`` the classes.
 
     Raises:
         ValueError, TypeError: naming the argument, before any work.
@@ -115,8 +127,17 @@ def sample(
         dtype=dtype,
         parallel=parallel,
         backend=backend,
+        modes=modes,
+        stratify=stratify,
     )
-    return sampler(img, seed=seed, first_sample=first_sample, return_probability=return_probability, progress=progress)
+    return sampler(
+        img,
+        seed=seed,
+        first_sample=first_sample,
+        return_probability=return_probability,
+        progress=progress,
+        return_modes=return_modes,
+    )
 
 
 class Sampler:
@@ -150,6 +171,8 @@ class Sampler:
         dtype: torch.dtype | None = None,
         parallel: int | None = None,
         backend: str = "auto",
+        modes: int | str | Sequence[int] | None = None,
+        stratify: bool = True,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be a BerDiff or callable as model(y_t, t, img), got {type(model).__name__}")
@@ -180,6 +203,7 @@ class Sampler:
         self.max_batch = None if max_batch is None else checks.integer("max_batch", max_batch, 1)
         self.parallel = None if parallel is None else checks.integer("parallel", parallel, 1)
         self.prepare, self.dtype, self.backend = prepare, dtype, backend
+        self.classes = _Classes.of(model, modes, stratify)
         self._on_device: dict[Any, torch.Tensor] = {}
         #: Graphs of a network that is run as it is.
         self.graphs: dict[Any, graph.Graph | bool] = {}
@@ -194,19 +218,32 @@ class Sampler:
         first_sample: int = 0,
         return_probability: bool = False,
         progress: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return_modes: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Masks of these images: see ``sample``."""
         first_sample = checks.integer("first_sample", first_sample, 0)
         if first_sample + self.n > 2**32:
             raise ValueError(f"first_sample + n must be at most 2^32, got {first_sample} + {self.n}")
+        if return_modes and self.classes is None:
+            raise ValueError("return_modes needs a model with a mode prior")
         device, own = _device_and_dtype(self.model)
         dtype = own if self.dtype is None else self.dtype
-        img = _image(img, self.model, device, dtype)
+        given, img = img, _image(img, self.model, device, dtype)
+        if isinstance(self.model, BerDiff):
+            self.model.output_window.check("img", img.shape)
         select.get(self.backend, img.device.type)  # raises here, before any work, if it cannot run
         seeds = _seeds(seed, img.shape[0]).to(img.device, non_blocking=True)
-        call = _Call(self, img, seeds, first_sample, self._coefficients(img.device))
+        drawn = None
+        if self.classes is not None:  # of the image as it was given, whatever dtype the denoiser is to compute in
+            exact = img if dtype == own else _image(given, self.model, device, own)
+            drawn = self.classes.draw(exact, seeds, self.n, first_sample)
+        call = _Call(self, img, seeds, first_sample, self._coefficients(img.device), drawn)
         with _evaluating(self.model), torch.no_grad(), _bar(call, progress) as advance:
-            return call.run(self._network(dtype, dtype != own, img.device), return_probability, advance)
+            found = call.run(self._network(dtype, dtype != own, img.device), return_probability, advance)
+        if not return_modes:
+            return found
+        assert drawn is not None
+        return (*found, drawn[0]) if isinstance(found, tuple) else (found, drawn[0])
 
     def _coefficients(self, device: torch.device) -> torch.Tensor:
         """The table on the device, where nothing waits for its coming: each stream has its own, in its own order."""
@@ -229,11 +266,43 @@ class Sampler:
             scale = 1000.0 / model.schedule.timesteps if model.rescale_timesteps else 1
             timesteps = [t * scale for t in self.timesteps]
             winograd = self.prepare == "winograd"
-            return _Prepared(inference.prepare(model.network, timesteps, dtype=dtype, winograd=winograd))
+            prepared = inference.prepare(model.network, timesteps, dtype=dtype, winograd=winograd)
+            return _Prepared(prepared, model.output_window, model.prediction)
         if converted:
             raise ValueError(f"dtype must be the model's own for a network that is run as it is, got {dtype}: {reason}")
         logger.debug("the network is run as it is: %s", reason)
         return _Network(model, self.timesteps, device, capture=bool(self.prepare))
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """Of a model with a mode prior: which size classes are drawn, and how."""
+
+    prior: ModePrior
+    allowed: tuple[int, ...]
+    stratify: bool
+
+    @classmethod
+    def of(cls, model: Any, wanted: Any, stratify: Any) -> _Classes | None:
+        if not isinstance(stratify, bool):
+            raise TypeError(f"stratify must be True or False, got {stratify!r}")
+        prior = getattr(model, "mode_prior", None)
+        if prior is not None:
+            return cls(prior, mode_draws.allowed_classes(wanted, prior.classes), stratify)
+        if wanted is not None:
+            raise ValueError(f"modes needs a model with a mode prior, got modes={wanted!r}")
+        return None
+
+    def draw(
+        self, img: torch.Tensor, seeds: torch.Tensor, n: int, first_sample: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The class of each mask, (B, n), and whether the prior's logits are finite, one bool on the device."""
+        logits = mode_draws.logits(self.prior, img)
+        finite = torch.isfinite(logits).all()
+        if not finite.is_cuda and not bool(finite):
+            raise FloatingPointError("the mode prior returned NaN or infinite logits")
+        weights = mode_draws.weights(logits, self.allowed)
+        return mode_draws.draw(weights, seeds, n, first_sample=first_sample, stratify=self.stratify), finite
 
 
 @dataclass
@@ -245,6 +314,7 @@ class _Call:
     seeds: torch.Tensor  # (B,) int64 on the device
     first_sample: int
     coefficients: torch.Tensor  # (S, 4) float32 on the device, in the order visited
+    classes: tuple[torch.Tensor, torch.Tensor] | None = None  # (B, n) of the masks; whether they could be drawn
 
     @property
     def rows(self) -> int:
@@ -260,6 +330,8 @@ class _Call:
         device, timesteps = self.img.device, self.sampler.timesteps
         # One flag per step, and one for the images. They are raised on the device and read once, when all is queued.
         flags = torch.zeros(len(timesteps) + 1, dtype=torch.int32, device=device)
+        if self.classes is not None:
+            flags[:1].logical_or_(self.classes[1].logical_not())
         parts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         window = min(self.sampler.parallel or 1, len(timesteps))
         # Masks a call of the network; each may be there at several steps.
@@ -322,7 +394,8 @@ class _Call:
             return self.draw(network, replace(chunk, img=img, seeds=seeds, first_sample=0), raised)[0]
 
         captured = None
-        if chunk.img.is_cuda and chunk.of_row is None and chunk.window == 1 and not return_probability:
+        alone = chunk.of_row is None and chunk.modes is None and chunk.window == 1
+        if chunk.img.is_cuda and alone and not return_probability:
             captured = network.graph(draw, chunk, self)
         if captured is None:
             return self.draw(network, chunk, flags, return_probability, advance)
@@ -333,6 +406,13 @@ class _Call:
 
     def _chunk(self, first: int, last: int) -> _Chunk:
         """Masks [first, last) of the B x n."""
+        chunk = self._chunk_of_images(first, last)
+        if self.classes is None:
+            return chunk
+        assert self.sampler.classes is not None
+        return replace(chunk, modes=self.classes[0].flatten()[first:last], edges=self.sampler.classes.prior.edges)
+
+    def _chunk_of_images(self, first: int, last: int) -> _Chunk:
         n = self.sampler.n
         low, high = first // n, (last - 1) // n + 1
         img = self.img[low:high]
@@ -355,8 +435,14 @@ class _Call:
         sampler, probability = self.sampler, None
         if chunk.img.is_cuda:  # on a CPU it is known before
             flags[-1:].logical_or_(torch.isfinite(chunk.img).all().logical_not_())
-        images = network.images(chunk.img)
-        images = network.repeat(images, chunk.n) if chunk.of_row is None else images[chunk.of_row]
+        told = None
+        if chunk.modes is not None:
+            told = mode_draws.Told(network, chunk.modes, chunk.image_of_row, chunk.edges)
+            ask: Callable[..., torch.Tensor] = told
+            images = told.images(chunk.img)
+        else:
+            ask, images = network, network.images(chunk.img)
+            images = network.repeat(images, chunk.n) if chunk.of_row is None else images[chunk.of_row]
         where: dict[str, Any] = dict(
             samples_per_image=chunk.n,
             first_row=chunk.first_row,
@@ -365,11 +451,15 @@ class _Call:
         )
         y = ops.initial_noise(chunk.seeds, self.mask_shape, rows=chunk.rows, dtype=self.img.dtype, **where)
         if chunk.window > 1:
-            return self._draw_in_parallel(network, chunk, images, y, where, flags, return_probability, advance)
+            y, before, logits, probability = self._draw_in_parallel(
+                ask, chunk, images, y, where, flags, return_probability, advance
+            )
+            return self._fitted(told, y, before, logits, "y_0", probability)
         for step, timestep in enumerate(sampler.timesteps):
-            logits = network(y, step, images)
+            logits = ask(y, step, images)
             if step == 0:
                 _check_logits(logits, y)
+            before = y
             is_last = step == len(sampler.timesteps) - 1
             if is_last and return_probability:
                 probability = ops.posterior(
@@ -388,11 +478,28 @@ class _Call:
                 **where,
             )
             advance(chunk.rows)
-        return y, probability
+        return self._fitted(told, y, before, logits, sampler.prediction, probability)
+
+    @staticmethod
+    def _fitted(
+        told: mode_draws.Told | None,
+        masks: torch.Tensor,
+        before: torch.Tensor,
+        logits: torch.Tensor,
+        prediction: str,
+        probability: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Masks of the last step, and their probability, of their size class if they have one (``Told.fit``)."""
+        if told is None:
+            return masks, probability
+        masks = told.fit(masks, before, logits, prediction)
+        if probability is not None:
+            probability = torch.where((told.modes > 0).view(-1, *[1] * (masks.ndim - 1)), probability, 0.0)
+        return masks, probability
 
     def _draw_in_parallel(
         self,
-        network: _Network,
+        ask: Callable[..., torch.Tensor],
         chunk: _Chunk,
         images: torch.Tensor,
         noise: torch.Tensor,
@@ -400,13 +507,13 @@ class _Call:
         flags: torch.Tensor,
         return_probability: bool,
         advance: Callable[[int], None],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The steps of ``draw``, several at a time."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The steps of ``draw``, several at a time: masks, the state before, its logits of y_0, and probability."""
         sampler, last = self.sampler, len(self.sampler.timesteps) - 1
         rule: dict[str, Any] = dict(prediction="y_0", backend=sampler.backend)
 
         def predict(states: torch.Tensor, steps: slice) -> torch.Tensor:
-            logits = network(states, steps, images)
+            logits = ask(states, steps, images)
             if steps.start == 0:
                 _check_logits(logits, states)
             # y_0 = y_t xor epsilon; the rule turns the sign back, so that the bits are those of epsilon's logits.
@@ -420,7 +527,7 @@ class _Call:
 
         masks, y, logits = parallel_in_time.trajectory(noise, last + 1, chunk.window, predict, draw, flags, advance)
         probability = ops.posterior(y, logits, self.coefficients[last], **rule) if return_probability else None
-        return masks, probability
+        return masks, y, logits, probability
 
 
 @dataclass
@@ -435,6 +542,14 @@ class _Chunk:
     first_row: int = 0  # the first one's number among those of these images
     of_row: torch.Tensor | None = None  # (rows,) which image; None: n of each in turn
     window: int = 1  # steps of each that go through the network together
+    modes: torch.Tensor | None = None  # (rows,) the size class, for a model with a mode prior
+    edges: tuple[int, ...] = ()  # of the classes
+
+    @property
+    def image_of_row(self) -> torch.Tensor:
+        if self.of_row is not None:
+            return self.of_row
+        return torch.arange(self.rows, device=self.img.device) // self.n
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -461,12 +576,19 @@ class _Network:
         """It for n masks of each image: a view where there is one."""
         return images.expand(n, *images.shape[1:]) if len(images) == 1 else images.repeat_interleave(n, 0)
 
-    def __call__(self, y: torch.Tensor, step: int | slice, images: torch.Tensor) -> torch.Tensor:
-        """Logits of masks at a step; or, in one batch, of the same masks at several steps, one after the other."""
+    def __call__(
+        self, y: torch.Tensor, step: int | slice, images: torch.Tensor, classes: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits of masks at a step; or, in one batch, of the same masks at several steps, one after the other.
+
+        Classes are those of the masks, once.
+        """
         t = self.t[step]
         if isinstance(step, slice):
             images, t = _at_each(step, images), t.repeat_interleave(len(images))
-        return self.model(y, t.expand(len(y)), images)
+            classes = None if classes is None else _at_each(step, classes)
+        told = () if classes is None else (classes,)
+        return self.model(y, t.expand(len(y)), images, *told)
 
     def graph(self, draw: graph.Draw, chunk: _Chunk, call: _Call) -> graph.Graph | None:
         """The captured form of ``draw``; None where it is run call by call."""
@@ -487,12 +609,12 @@ class _Network:
 class _Prepared(_Network):
     """A ``UNet`` in its prepared form."""
 
-    def __init__(self, prepared: inference.Prepared) -> None:
-        self.prepared = prepared
+    def __init__(self, prepared: inference.Prepared, window: Window, prediction: str) -> None:
+        self.prepared, self.window, self.prediction = prepared, window, prediction
 
     def graph(self, draw: graph.Draw, chunk: _Chunk, call: _Call) -> graph.Graph | None:
         # Kept with the prepared weights, so that calls of ``sample`` share them and new weights have none.
-        prepared, key = self.prepared, (*chunk.key, call.sampler.key)
+        prepared, key = self.prepared, (*chunk.key, call.sampler.key, self.window)
         keep = call.coefficients
         return graph.captured(prepared.graphs, key, draw, chunk.img, chunk.seeds, prepared.steps + 1, keep, check=False)
 
@@ -500,15 +622,18 @@ class _Prepared(_Network):
         graph.drop(self.prepared.graphs)
 
     def images(self, img: torch.Tensor) -> torch.Tensor:
-        return self.prepared.encode(img)
+        return self.prepared.encode(self.window.view(img))
 
     def repeat(self, images: torch.Tensor, n: int) -> torch.Tensor:
         return images  # they are added to those of n masks each
 
-    def __call__(self, y: torch.Tensor, step: int | slice, images: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, y: torch.Tensor, step: int | slice, images: torch.Tensor, classes: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if isinstance(step, slice) and len(images) > 1:
             images = _at_each(step, images)
-        return self.prepared(y, step, images)
+        told: Any = () if classes is None else (classes,)
+        return self.window.fill(self.prepared(self.window.cut(y), step, images, *told), y, self.prediction)
 
 
 def _at_each(steps: slice, images: torch.Tensor) -> torch.Tensor:

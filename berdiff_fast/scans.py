@@ -17,12 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from berdiff_fast import checks, rng
-from berdiff_fast.files import write_text
+from berdiff_fast import checks, limits, locks, rng
 from berdiff_fast.imaging.volumes import Volume
+from berdiff_fast.io.padding import lowest_tissue
 from berdiff_fast.model import BerDiff
 from berdiff_fast.network.unet import UNet
 from berdiff_fast.sampler import Sampler, sample
+from berdiff_fast.store import Store as _Store
 
 
 def sample_until(
@@ -37,7 +38,8 @@ def sample_until(
     """Draw masks until their mean is known well enough: the same masks that a larger n would have given.
 
     The standard error of the mean map at a pixel is sqrt(p (1 - p) / n), with p = (marked + 1) / (n + 2), so that a
-    few masks that agree are not taken for certainty (Laplace's rule of succession).
+    few masks that agree are not taken for certainty (Laplace's rule of succession). That is for independent masks;
+    those of a model with a mode prior are spread evenly over their classes, and their mean is off by less.
 
     Args:
         model, img: as in ``sample``.
@@ -126,8 +128,11 @@ def sampled_region(plan: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarra
         tuple(plan["tile_pixels"]),
         [(row, column) for row, column in plan["tiles"]],
         tuple(plan["inside"]),
+        tuple(plan.get("tile_window", plan["tile_pixels"])),
     )
-    everywhere = torch.ones(len(tiling.tiles), 1, *tiling.size, dtype=torch.bool)
+    everywhere = torch.zeros(len(tiling.tiles), 1, *tiling.size, dtype=torch.bool)
+    (top, left), (height, width) = tiling.margin, tiling.marked
+    everywhere[..., top : top + height, left : left + width] = True
     region = np.zeros(shape, bool)
     np.moveaxis(region, axis, 0)[first:last] = tiling.join(everywhere)[0].numpy()
     return region
@@ -156,7 +161,8 @@ def sample_volume(
 
     A slice is resampled to the model's ``pixel_spacing`` if it has one, and cut into tiles of the model's ``size`` if
     it has one and the slice is larger. Each tile is scaled by ``model.preprocess`` on its own, as in training. Where
-    tiles overlap, a voxel belongs to the tile whose middle is nearest. Everything is undone on the way back.
+    tiles overlap, a voxel belongs to the tile whose middle is nearest. Of a model that denoises a window only
+    (``output_crop``), it is the windows that cover the slice. Everything is undone on the way back.
 
     Args:
         model: a ``BerDiff`` of images with one channel, with its preprocessing.
@@ -179,6 +185,7 @@ def sample_volume(
 
     Raises:
         ValueError, TypeError: naming the argument, before any work.
+        BusyError: another call works in ``work``.
     """
     if isinstance(volume, np.ndarray):
         volume = Volume(volume[None] if volume.ndim == 2 else volume)
@@ -193,6 +200,7 @@ def sample_volume(
     count = volume.array.shape[axis]
     first, last = _range("slices", slices, count)
     tiling = _Tiling.of(model, volume, axis, shape, center, roi, overlap)
+    tiling.check_room(sampler.n)
     seeds = rng.image_seeds(seed, len(tiling.tiles))
     plan = {
         "n": sampler.n,
@@ -204,24 +212,36 @@ def sample_volume(
         "tile_pixels": list(tiling.size),
         "inside": list(tiling.inside),
         "resampled_to": list(tiling.shape),
+        **({"tile_window": list(tiling.marked)} if tiling.marked != tiling.size else {}),
         "options": {k: str(v) for k, v in options.items() if k not in ("max_batch", "backend")},
     }
-    store = _Store(work, plan, model, volume, (math.ceil(sampler.n / 8), *volume.array.shape))
+    shape_of_bits = (math.ceil(sampler.n / 8), *volume.array.shape)
     device = next(model.parameters()).device
     # Whole slices at a time, as many as fill a call of the network.
     pixels = math.prod(tiling.size) * len(tiling.tiles) * sampler.n
     together = max(1, (2**18 if device.type == "cpu" else 2**23) // pixels)
-    todo = [i for i in range(first, last) if i not in store.done]
-    with _bar(progress, last - first, last - first - len(todo)) as advance:
+    with contextlib.ExitStack() as stack:
+        if work is None:
+            store = _Store.in_memory(shape_of_bits, axis)
+        else:
+            Path(work).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locks.exclusive(Path(work)))
+            done_by = {"contract": rng.DRAW_CONTRACT, "model": fingerprint(model), "volume": volume.fingerprint()}
+            identity = json.dumps({"plan": plan, **done_by}, sort_keys=True)
+            store = _Store(Path(work), identity, shape_of_bits, axis)
+        todo = [i for i in range(first, last) if i not in store.done]
+        advance = stack.enter_context(_bar(progress, last - first, last - first - len(todo)))
         for start in range(0, len(todo), together):
             chosen = todo[start : start + together]
-            tiles = torch.cat([tiling.cut(volume.array.take(i, axis)) for i in chosen])
+            tiles = torch.cat(
+                [tiling.cut(part, volume.outside(part)) for part in (volume.array.take(i, axis) for i in chosen)]
+            )
             img = model.preprocess(tiles[:, None]).to(device)
             masks = sampler(img, seed=seeds.repeat(len(chosen)))
             assert isinstance(masks, torch.Tensor)
             for i, of_slice in zip(chosen, masks[:, :, 0].cpu().split(len(tiling.tiles)), strict=True):
                 bits = np.packbits(tiling.join(of_slice).numpy(), axis=0, bitorder="little")
-                store.put(i, axis, bits)
+                store.put(i, bits)
             advance(len(chosen))
     return SampledVolume(volume, sampler.n, store.bits, plan)
 
@@ -235,6 +255,10 @@ def _range(name: str, given: tuple[int, int] | None, count: int) -> tuple[int, i
     return first, last
 
 
+#: Tiles of a slice; more would only repeat each other.
+_MOST_TILES = 10_000
+
+
 @dataclass(frozen=True)
 class _Tiling:
     """How slices are resampled and cut."""
@@ -244,6 +268,12 @@ class _Tiling:
     size: tuple[int, int]  # of a tile
     tiles: list[tuple[int, int]]  # first row and column of each, which may lie outside
     inside: tuple[int, int, int, int]  # rows and columns that may be marked
+    marked: tuple[int, int]  # the middle of a tile, in which the model marks anything
+
+    @property
+    def margin(self) -> tuple[int, int]:
+        """Rows above it, and columns to the left."""
+        return (self.size[0] - self.marked[0]) // 2, (self.size[1] - self.marked[1]) // 2
 
     @classmethod
     def of(
@@ -269,9 +299,7 @@ class _Tiling:
             of_slice = np.delete(np.array(volume.spacing)[::-1], axis)
             scale = [float(s / t) for s, t in zip(of_slice, model.preprocessing.pixel_spacing, strict=True)]
         shape = tuple(max(1, round(size * s)) for size, s in zip(original, scale, strict=True))
-        factor = 1  # that the network wants sizes to be multiples of
-        if isinstance(model.network, UNet):
-            factor = model.network.downsampling
+        factor = model.size_multiple
         region = (0, original[0], 0, original[1])
         if roi is not None:
             if len(roi) != 4:
@@ -281,7 +309,9 @@ class _Tiling:
         ends = [region[1] * scale[0], region[3] * scale[1]]
         lengths = [max(1, round(e - s)) for s, e in zip(starts, ends, strict=True)]
         wanted = model.preprocessing.size or tuple(lengths)
-        size = tuple(-(-x // factor) * factor for x in wanted)
+        window = model.output_window.size
+        size = tuple(max(-(-x // factor) * factor, window) for x in wanted)
+        marked = (window, window) if window else size  # what of a tile can be marked: this is to cover the region
         if center is not None:
             if model.preprocessing.size is None:
                 raise ValueError("center needs a model that knows the size of its images; give roi instead")
@@ -289,22 +319,50 @@ class _Tiling:
                 raise ValueError(f"center must be (row, column) within {original}, got {tuple(center)}")
             tiles = [tuple(round(c * s - t / 2) for c, s, t in zip(center, scale, size, strict=True))]
         else:
-            along = [_cover(round(s), x, t, overlap) for s, x, t in zip(starts, lengths, size, strict=True)]
+            along = [
+                [start - (t - w) // 2 for start in _cover(round(s), x, w, float(overlap))]
+                for s, x, t, w in zip(starts, lengths, size, marked, strict=True)
+            ]
             tiles = [(r, c) for r in along[0] for c in along[1]]
         inside = (round(starts[0]), round(ends[0]), round(starts[1]), round(ends[1]))
-        return cls(original, shape, size, tiles, inside)  # type: ignore[arg-type]
+        return cls(original, shape, size, tiles, inside, marked)  # type: ignore[arg-type]
 
-    def cut(self, array: np.ndarray) -> torch.Tensor:
-        """The tiles (tiles, h, w) of a slice, filled up with the lowest value where they reach beyond it."""
+    def check_room(self, n: int) -> None:
+        """Raise ValueError if a slice has more tiles than can be meant, or wants more memory than there is."""
+        tiles, pixels = len(self.tiles), math.prod(self.shape)
+        what = f"a slice of {pixels:,} pixels in {tiles:,} tiles of {self.size[0]} x {self.size[1]}, n = {n:,},"
+        advice = "give a smaller overlap or n, a roi or a center"
+        if tiles > _MOST_TILES:
+            raise ValueError(f"{what} has more than {_MOST_TILES:,} tiles; {advice}")
+        # Of every pixel which tile it belongs to, by float32 and by bool; of every tile its image and its masks.
+        limits.room(what, 5 * tiles * pixels + (n + 8) * (tiles * math.prod(self.size) + pixels), advice)
+
+    def cut(self, array: np.ndarray, outside: np.ndarray | None = None) -> torch.Tensor:
+        """The tiles (tiles, h, w) of a slice, filled up with the lowest value where they reach beyond it.
+
+        What is ``outside`` the scan (bool, of the array's shape) gets the lowest value of the tile's rest, so that it
+        has no part in the tile's minimum and maximum.
+        """
         x = torch.from_numpy(np.ascontiguousarray(array).astype(np.float32))
+        beyond = None
+        if outside is not None:
+            beyond = torch.from_numpy(np.ascontiguousarray(outside))
+            x[beyond] = lowest_tissue(array, outside)
         if self.shape != self.original:
             smaller = any(a < b for a, b in zip(self.shape, self.original, strict=True))
-            x = F.interpolate(x[None, None], self.shape, mode="bilinear", antialias=smaller)[0, 0]
+            how: dict[str, Any] = dict(size=self.shape, mode="bilinear", antialias=smaller)
+            x = F.interpolate(x[None, None], **how)[0, 0]
+            beyond = None if beyond is None else F.interpolate(beyond[None, None].float(), **how)[0, 0] > 0
         found = []
         for row, column in self.tiles:
             tile = torch.full(self.size, float(x.min()))
             (r, c, h, w) = self._within(row, column)
-            tile[r - row : r - row + h, c - column : c - column + w] = x[r : r + h, c : c + w]
+            part = x[r : r + h, c : c + w].clone()
+            if beyond is not None:
+                out = beyond[r : r + h, c : c + w]
+                if bool(out.any()) and not bool(out.all()):
+                    part[out] = part[~out].min()
+            tile[r - row : r - row + h, c - column : c - column + w] = part
             found.append(tile)
         return torch.stack(found)
 
@@ -330,12 +388,13 @@ class _Tiling:
         )
 
     def _owned(self) -> list[torch.Tensor]:
-        """For each tile, bool (H, W): the pixels whose nearest middle, in sizes of a tile, is its. It has them all."""
+        """For each tile, bool (H, W): the pixels closer to its middle than to any other's, in sizes of its window."""
         rows = torch.arange(self.shape[0])[:, None] + 0.5
         columns = torch.arange(self.shape[1])[None] + 0.5
-        middles = [(row + self.size[0] / 2, column + self.size[1] / 2) for row, column in self.tiles]
+        (top, left), (height, width) = self.margin, self.marked
+        middles = [(row + top + height / 2, column + left + width / 2) for row, column in self.tiles]
         nearest = torch.stack(
-            [torch.maximum((rows - r).abs() / self.size[0], (columns - c).abs() / self.size[1]) for r, c in middles]
+            [torch.maximum((rows - r).abs() / height, (columns - c).abs() / width) for r, c in middles]
         ).argmin(0)
         top, bottom, left, right = self.inside
         allowed = torch.zeros(self.shape, dtype=torch.bool)
@@ -347,55 +406,9 @@ def _cover(start: int, length: int, tile: int, overlap: float) -> list[int]:
     """Where tiles begin that cover [start, start + length), evenly spread; a larger one is put in the middle."""
     if tile >= length:
         return [start + (length - tile) // 2]
-    count = 1 + math.ceil((length - tile) / (tile * (1 - overlap)))
+    # Never more than there are places.
+    count = min(1 + math.ceil((length - tile) / (tile * (1 - overlap))), length - tile + 1)
     return [start + round(i * (length - tile) / (count - 1)) for i in range(count)]
-
-
-class _Store:
-    """Bits of the slices that are done, in memory or in a folder that survives an interruption."""
-
-    def __init__(
-        self,
-        folder: str | os.PathLike[str] | None,
-        plan: dict[str, Any],
-        model: BerDiff,
-        volume: Volume,
-        shape: tuple[int, ...],
-    ) -> None:
-        self.done: set[int] = set()
-        self._log: Path | None = None
-        if folder is None:
-            self.bits: np.ndarray = np.zeros(shape, np.uint8)
-            return
-        root = Path(folder)
-        root.mkdir(parents=True, exist_ok=True)
-        done_by = {"contract": rng.DRAW_CONTRACT, "model": fingerprint(model), "volume": volume.fingerprint()}
-        identity = json.dumps({"plan": plan, **done_by}, sort_keys=True)
-        bits, self._log, what = root / "bits.npy", root / "done", root / "plan.json"
-        if not (bits.is_file() and what.is_file() and what.read_text() == identity):
-            self._log.unlink(missing_ok=True)
-            what.unlink(missing_ok=True)
-            np.lib.format.open_memmap(bits, "w+", np.uint8, shape).flush()
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here; later, it would end the process
-                with bits.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, bits.stat().st_size)
-            write_text(what, identity)
-        elif self._log.is_file():
-            whole, _, torn = self._log.read_text().rpartition("\n")
-            self.done = {int(line) for line in whole.split()}
-            if torn:  # a line that an interruption cut short
-                write_text(self._log, "".join(f"{i}\n" for i in sorted(self.done)))
-        self.bits = np.lib.format.open_memmap(bits, "r+")
-
-    def put(self, index: int, axis: int, bits: np.ndarray) -> None:
-        where: list[Any] = [slice(None)] * 4
-        where[axis + 1] = index
-        self.bits[tuple(where)] = bits
-        if self._log is not None:
-            assert isinstance(self.bits, np.memmap)
-            self.bits.flush()
-            with self._log.open("a") as file:  # after the bits: what is listed is there
-                file.write(f"{index}\n")
 
 
 def fingerprint(model: BerDiff) -> str:
@@ -407,8 +420,13 @@ def fingerprint(model: BerDiff) -> str:
         "rescale_timesteps": model.rescale_timesteps,
         "preprocessing": repr(model.preprocessing),
     }
+    # Only what is used: models without it are called what they were.
+    if not model.output_window.plain:
+        what["window"] = repr(model.output_window)
+    if model.mode_prior is not None:
+        what["mode_prior"] = model.mode_prior.config
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
-    for name, tensor in model.network.state_dict().items():
+    for name, tensor in model.weights().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -52,6 +52,10 @@ _SCHEDULES: dict[str, Callable[[int], list[float]]] = {
 }
 
 
+#: Tables are made of all of them, whatever a file asks for.
+_MOST_TIMESTEPS = 10**6
+
+
 class NoiseSchedule:
     """The Bernoulli forward process: q(y_t | y_0) = B(A_t y_0 + (1 - A_t) / 2) (BerDiff, eq. 2).
 
@@ -59,7 +63,7 @@ class NoiseSchedule:
         name: the published names. "cosine2" is cos^2 with s = 0.008 and beta <= 0.999, the paper's. "cosine" is the
             same without the square. "linear" is Ho et al.'s, scaled to the number of timesteps. (MONAI's "cosine"
             is cos^2 shifted by one timestep: its A_t is our A_{t-1}, so its first timestep has no noise.)
-        timesteps: T, at least 2.
+        timesteps: T, from 2 to a million.
         input_scale: b multiplies the odds A_t / (1 - A_t) by b^2: below 1 there is more noise at every timestep (input
             scaling, Chen, arXiv 2301.10972; found to help on LIDC with Gaussian noise, arXiv 2504.05977).
         as_released: reproduce a fault of the published code, whose forward process drops the term (1 - A_t) / 2,
@@ -84,6 +88,8 @@ class NoiseSchedule:
         if name not in _SCHEDULES:
             raise ValueError(f"name must be one of {sorted(_SCHEDULES)}, got {name!r}")
         timesteps = checks.integer("timesteps", timesteps, 2)
+        if timesteps > _MOST_TIMESTEPS:
+            raise ValueError(f"timesteps must be at most {_MOST_TIMESTEPS:,}, got {timesteps}")
         if isinstance(input_scale, bool) or not isinstance(input_scale, (int, float)) or not 0 < input_scale < math.inf:
             raise ValueError(f"input_scale must be a finite number above 0, got {input_scale!r}")
         betas = torch.tensor(_SCHEDULES[name](timesteps), dtype=torch.float64, device="cpu")

@@ -100,3 +100,53 @@ def small_model(path: Path, **preprocessing) -> Path:
             p.add_(torch.randn_like(p) * 0.05)
     bf.BerDiff(network, prediction="y_0", preprocessing=bf.Preprocessing(**preprocessing)).save(path)
     return path
+
+
+def write_enhanced(path: Path, volume: Volume, order=None, rescale=None, positions=None, **changes) -> None:
+    """One file of many frames: frame f holds slice ``order[f]``, with its (slope, intercept) in ``rescale``."""
+    import pydicom
+    from pydicom.dataset import Dataset
+    from pydicom.sequence import Sequence
+
+    assert volume.spacing is not None
+    order = [*range(len(volume.array))] if order is None else [*order]
+    folder = path.parent / f"{path.stem}-slices"
+    write_series(folder, Volume(volume.array[:1], volume.spacing, volume.origin, volume.direction))
+    d = pydicom.dcmread(next(folder.iterdir()))
+    next(folder.iterdir()).unlink()
+    folder.rmdir()
+    for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "RescaleSlope",
+                 "RescaleIntercept", "RescaleType"):  # fmt: skip
+        delattr(d, name)
+    d.SOPClassUID = d.file_meta.MediaStorageSOPClassUID = pydicom.uid.EnhancedCTImageStorage
+    d.NumberOfFrames, d.ImageType = len(order), ["ORIGINAL", "PRIMARY"]
+    d.ContentDate, d.ContentTime = "20200101", "000000"
+
+    def item(**values):
+        found = Dataset()
+        for name, value in values.items():
+            setattr(found, name, value)
+        return Sequence([found])
+
+    shared, frames, data = Dataset(), [], []
+    shared.PlaneOrientationSequence = item(ImageOrientationPatient=volume.direction[:, :2].T.flatten().tolist())
+    shared.PixelMeasuresSequence = item(
+        PixelSpacing=[volume.spacing[1], volume.spacing[0]], SliceThickness=volume.spacing[2]
+    )
+    for f, k in enumerate(order):
+        slope, intercept = rescale[f] if rescale else (1, -1024)
+        at = k if positions is None else positions[f]
+        where = np.array(volume.origin) + at * volume.spacing[2] * volume.direction[:, 2]
+        frame = Dataset()
+        frame.PlanePositionSequence = item(ImagePositionPatient=[float(f"{x:.12g}") for x in where])
+        frame.PixelValueTransformationSequence = item(RescaleSlope=slope, RescaleIntercept=intercept, RescaleType="HU")
+        frame.FrameContentSequence = item(StackID="1", InStackPositionNumber=k + 1, DimensionIndexValues=[1, k + 1])
+        frames.append(frame)
+        data.append(np.rint((volume.array[k] - float(intercept)) / slope).astype("<u2"))
+    d.SharedFunctionalGroupsSequence = Sequence([shared])
+    d.PerFrameFunctionalGroupsSequence = Sequence(frames)
+    d.PixelData = np.stack(data).tobytes()
+    for name, value in changes.items():
+        setattr(d, name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    d.save_as(path, enforce_file_format=True)

@@ -283,6 +283,31 @@ def test_images_that_are_not_finite_on_the_gpu(value):
             sample(model, img, 2, 5, seed=0)
 
 
+def test_size_classes_on_the_gpu(backend):
+    """Equal logits give the CPU's classes; a call with a prior makes the host wait for nothing before its flags."""
+    from berdiff_fast import mode_draws
+    from berdiff_fast.network.prior import ModePrior, size_class
+
+    torch.manual_seed(0)
+    logits, seeds = torch.randn(500, 7) * 3, image_seeds(4, 500)
+    for stratify in (True, False):
+        expected = mode_draws.draw(mode_draws.weights(logits), seeds, 16, first_sample=9, stratify=stratify)
+        found = mode_draws.draw(mode_draws.weights(logits.cuda()), seeds.cuda(), 16, first_sample=9, stratify=stratify)
+        assert torch.equal(found.cpu(), expected)
+
+    shape = dict(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), num_classes=5)
+    network, prior = UNet(img_channels=2, **shape), ModePrior(1, (16, 64, 128), channels=(8, 16))
+    torch.nn.init.normal_(network.out[2].weight, std=0.1)
+    torch.nn.init.normal_(prior.members[0].head[-1].weight, std=1.0)
+    model = BerDiff(network, "cosine2", "y_0", output_crop=32, distance=True, mode_prior=prior).cuda().eval()
+    img = torch.randn(3, 1, 48, 40, device="cuda")
+    masks, classes = sample(model, img, n=8, seed=3, backend=backend, return_modes=True)
+    assert masks.is_cuda and torch.equal(size_class(masks, (16, 64, 128)), classes)
+    assert torch.equal(masks, sample(model, img, n=8, seed=3, backend="reference"))
+    assert torch.equal(masks[:, :5], sample(model, img, n=5, seed=3, backend=backend))
+    assert (classes.cpu() == sample(model.cpu(), img.cpu(), n=8, seed=3, return_modes=True)[1]).double().mean() > 0.95
+
+
 def test_chunks_of_a_call_are_replays_of_one_graph():
     model, img = load("lidc").cuda().bfloat16(), torch.randn(1, 1, 128, 128, device="cuda").bfloat16()
     masks = sample(model, img, 64, 5, seed=3, max_batch=16)

@@ -205,7 +205,7 @@ def test_chunks_of_a_call_are_one_graph(cuda, monkeypatch):
     call = sampler._Call(
         sampler.Sampler(model, 128, 4), torch.zeros(1, 1, 64, 64), torch.zeros(1, dtype=torch.int64), 0, None
     )
-    prepared = sampler._Prepared(inference.prepare(model.network, [0.0]))
+    prepared = sampler._Prepared(inference.prepare(model.network, [0.0]), model.output_window, model.prediction)
     for first in range(0, 128, 16):
         prepared.graph(draw, call._chunk(first, first + 16), call)
     assert len(keys) == 8 and len(set(keys)) == 1

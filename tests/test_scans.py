@@ -364,7 +364,7 @@ def test_raters(tmp_path, model_path, capsys):
     raters = ["--raters", tmp_path / "rater0.nii.gz", tmp_path / "rater1.nii.gz"]
     assert command(*arguments, *raters) == 0
     summary = json.loads(capsys.readouterr().out)
-    assert summary["rater_files"] == [str(path) for path in raters[1:]]
+    assert summary["rater_files"] == [path.name for path in raters[1:]]
     found = summary["raters"]
     theirs = torch.stack([torch.from_numpy(np.roll(volume.array > 0, k, 2)) for k in range(2)])[None, :, None]
     ours = torch.from_numpy(draw(bf.load(model_path), volume).masks)[None, :, None]
@@ -723,7 +723,7 @@ def test_no_space(tmp_path, model_path, capfd, monkeypatch):
         raise OSError(28, "No space left on device", "mask_000.npy")
 
     with monkeypatch.context() as patch:
-        patch.setattr(volumes.np, "save", full)
+        patch.setattr(np, "save", full)
         err = one_line(capfd, command(tmp_path / "in.npy", *options(model_path, tmp_path / "out")))
     assert "No space left on device" in err and os.listdir(tmp_path / "out") == [results.WORK]
     assert command(tmp_path / "in.npy", *options(model_path, tmp_path / "out")) == 0
@@ -732,6 +732,6 @@ def test_no_space(tmp_path, model_path, capfd, monkeypatch):
 
 def test_without_simpleitk(tmp_path, model_path, capfd, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "SimpleITK", None)
-    saved(tmp_path, "a.nii", b"1" * 600)
-    err = one_line(capfd, command(tmp_path / "a.nii", *options(model_path, tmp_path / "out")))
+    saved(tmp_path, "a.mha", b"1" * 600)
+    err = one_line(capfd, command(tmp_path / "a.mha", *options(model_path, tmp_path / "out")))
     assert 'pip install "berdiff_fast[imaging]"' in err

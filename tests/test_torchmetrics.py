@@ -11,6 +11,9 @@ import torch
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed (pip install 'berdiff_fast[train]')")
 
+from torchmetrics import MetricCollection
+from torchmetrics.wrappers import MetricTracker
+
 from berdiff_fast import metrics
 from berdiff_fast.metrics import torchmetrics as accumulated
 
@@ -21,9 +24,9 @@ SHARES = [(3, 1), (2,)]
 def data() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     chance = torch.rand(6, 1, 16, 16, generator=generator) ** 2
-    return (torch.rand(6, 4, 16, 16, generator=generator) < chance), (
-        torch.rand(6, 8, 16, 16, generator=generator) < chance
-    )
+    raters, samples = (torch.rand(6, n, 16, 16, generator=generator) < chance for n in (4, 8))
+    raters[1:4, 0], samples[2:5, :3] = False, False  # some that are empty
+    return raters, samples
 
 
 def collection() -> dict[str, accumulated.Metric]:
@@ -36,6 +39,9 @@ def collection() -> dict[str, accumulated.Metric]:
         "sample_diversity": accumulated.SampleDiversity(),
         "pooled ece": accumulated.ExpectedCalibrationError(),
         "all": accumulated.Evaluation(),
+        "parts": accumulated.GEDDecomposition(),
+        "ged_unbiased": accumulated.UnbiasedEnergyDistance(),
+        "existence": accumulated.ExistenceError(),
     }
 
 
@@ -43,6 +49,9 @@ def expected() -> dict[str, torch.Tensor]:
     raters, samples = data()
     values = {name: value.mean() for name, value in metrics.evaluate(raters, samples).items()}
     values["pooled ece"] = metrics.calibration_error(metrics.calibration_bins(raters, samples).sum(0))
+    parts = metrics.decompose_ged(raters, samples)
+    values |= {name: value.mean() for name, value in parts.items()}
+    values["existence"] = (parts["empty_raters"] - parts["empty_samples"]).square().mean().sqrt()
     return values
 
 
@@ -50,8 +59,8 @@ def check(found: dict[str, accumulated.Metric]) -> None:
     values = expected()
     for name, metric in found.items():
         result = metric.compute()
-        if name == "all":
-            assert tuple(result) == metrics.METRICS
+        if name in ("all", "parts"):
+            assert tuple(result) == (metrics.METRICS if name == "all" else metrics.DECOMPOSITION)
             for key in result:
                 torch.testing.assert_close(result[key], values[key], rtol=1e-14, atol=0)
         else:
@@ -65,6 +74,9 @@ def test_in_one_process():
         metric.update(raters[:5], samples[:5])
         metric.update(raters[5:], samples[5:])
     check(found)
+    calibration = found["existence"].calibration()
+    assert calibration.rmse == pytest.approx(found["existence"].compute().item())
+    assert 0 < calibration.floor < calibration.floor_of_draws
     found["ged"].reset()
     found["ged"].update(raters[:1], samples[:1, :3])  # another number of samples
     torch.testing.assert_close(
@@ -93,6 +105,43 @@ def test_in_two_processes_with_unequal_shares():
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(_process, args=(port,), nprocs=len(SHARES))
+
+
+def test_which_way_is_better():
+    """Of every class, since a tracker of a collection refuses those that do not say."""
+    for name in accumulated.__all__:
+        if name != "Evaluation":
+            assert isinstance(getattr(accumulated, name).higher_is_better, bool), name
+    assert set(metrics.HIGHER_IS_BETTER) == set(metrics.METRICS)
+    for name, metric in collection().items():
+        if name in metrics.METRICS:
+            assert metric.higher_is_better is metrics.HIGHER_IS_BETTER[name], name
+    assert accumulated.Evaluation().higher_is_better is None
+    assert accumulated.Evaluation(["ged", "ece"]).higher_is_better is False
+    assert accumulated.Evaluation(["hm_iou", "soft_dice"]).higher_is_better is True
+
+    raters, samples = data()
+    simple = {k: m for k, m in collection().items() if k not in ("all", "parts")}
+    tracker = MetricTracker(MetricCollection(simple))
+    for s in (torch.zeros_like(samples), samples, torch.zeros_like(samples)):
+        tracker.increment()
+        tracker.update(raters, s)
+    _, steps = tracker.best_metric(return_step=True)
+    assert set(steps.values()) == {1}, steps
+
+
+def test_a_collection_keeps_apart_what_begins_alike():
+    """Of masks that never meet Dice, IoU and HM-IoU are all 0; what comes later tells them apart."""
+    raters, samples = data()
+    together = MetricCollection({k: m for k, m in collection().items() if k not in ("all", "parts")})
+    alone = collection()
+    never = (~raters[4:].any(1, keepdim=True)).expand(-1, 2, -1, -1)
+    for y, s in ((raters[4:], never), (raters, samples)):
+        together.update(y, s)
+        for name in together:
+            alone[name].update(y, s)
+    for name, value in together.compute().items():
+        assert value == alone[name].compute(), name
 
 
 def test_refused():

@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from support import ENVIRONMENT, phantom_file, torchrun
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import berdiff_fast as bf
 from berdiff_fast import cli
@@ -27,6 +28,7 @@ from berdiff_fast.training.config import TrainConfig, add_arguments, bundled_con
 
 pytest.importorskip("accelerate", reason="the trainer needs accelerate")
 from berdiff_fast.training import loop
+from berdiff_fast.training.average import Average
 
 #: A network of two residual blocks on 8 x 8 patches: some milliseconds a step.
 TINY = dict(
@@ -162,6 +164,7 @@ def test_a_finished_run_has_nothing_left_to_do(run, data):
         {"dropout": 0.2, "use_scale_shift_norm": True},
         {"precision": "bf16", "channels_last": True},
         {"workers": 1, "in_memory": False},
+        {"data_on_device": "true", "in_memory": False, "precision": "tf32"},
         {"rotate": 20.0, "scale": 0.2, "input_scale": 0.5},
         {"window": [0.0, 200.0], "schedule": "linear"},
         {"crop": 16, "crop_steps": 2},
@@ -281,6 +284,21 @@ def test_a_signal_saves_and_exits(data, tmp_path, uninterrupted, number):
     assert_same_weights(tmp_path, uninterrupted)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_order_in_memory_changes_nothing(data, tmp_path, channels_last):
+    """Of weights that a resumed run has channels last: their moments, which a file has in the usual order, follow."""
+    options = dict(channels_last=channels_last, decay="constant")
+    loop.train(config(data, tmp_path / "once", **options))
+    loop.train(config(data, tmp_path / "twice", **options, steps=7))
+    loop.train(config(data, tmp_path / "twice", **options))
+    assert_same_weights(tmp_path / "once", tmp_path / "twice")
+    # And a run may change from one to the other.
+    loop.train(config(data, tmp_path / "other", **options, steps=7))
+    loop.train(config(data, tmp_path / "other", **{**options, "channels_last": not channels_last}))
+    a, b = weights(tmp_path / "once"), weights(tmp_path / "other")
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
+
+
 def test_a_truncated_checkpoint_falls_back(data, tmp_path, caplog):
     loop.train(config(data, tmp_path, checkpoint_every=10))
     whole = weights(tmp_path)
@@ -320,10 +338,10 @@ def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path):
 
 
 def test_two_processes_train_what_one_does(data, tmp_path):
-    def run(processes: int) -> Path:
-        output = tmp_path / str(processes)
+    def run(processes: int, on_device: str = "auto") -> Path:
+        output = tmp_path / f"{processes}-{on_device}"
         words = arguments(config(data, output, steps=30, val_data=data["val_data"], validation_slices=4, device="auto"))
-        command = [*torchrun(processes, tmp_path), *words, "--validation-samples", "2"]
+        command = [*torchrun(processes, tmp_path), *words, "--validation-samples", "2", "--data-on-device", on_device]
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return output
@@ -331,6 +349,7 @@ def test_two_processes_train_what_one_does(data, tmp_path):
     one, two = run(1), run(2)
     a, b = weights(one), weights(two)
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
+    assert_same_weights(two, run(2, "false"))  # by loaders, each of which makes its part of a batch
 
     def losses(output):
         return [json.loads(line).get("loss", 0) for line in (output / "log.jsonl").read_text().splitlines()]
@@ -375,6 +394,8 @@ BAD_CONFIGS = {
     "string": ({"schedule": 3}, "schedule must be a string, got 3"),
     "decay": ({"decay": "linear"}, "decay must be one of"),
     "precision": ({"precision": "fp8"}, "precision must be one of"),
+    "on device": ({"data_on_device": "yes"}, "data_on_device must be one of"),
+    "on device, a number": ({"data_on_device": 1}, "data_on_device must be a string, got 1"),
     "method": ({"validation_method": "euler"}, "validation_method must be one of"),
     "ema": ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
     "weights": ({"kl_weight": 0, "bce_weight": 0}, "must not both be 0"),
@@ -458,6 +479,63 @@ def test_what_of_a_run_may_change(data, tmp_path):
     for crop_steps in (3, 0):
         with pytest.raises(ValueError, match=f"crop_steps was 6 and is {crop_steps}"):
             loop.train(config(data, tmp_path, steps=6, crop=16, crop_steps=crop_steps))
+
+
+def test_accumulation_may_change(data, tmp_path):
+    """The same examples in every step, in other portions: the weights are those of a run that changed nothing."""
+    for output, accumulation in (("same", 1), ("changed", 4)):
+        loop.train(config(data, tmp_path / output, steps=10, decay="constant"))
+        loop.train(config(data, tmp_path / output, steps=20, decay="constant", accumulation=accumulation))
+    a, b = weights(tmp_path / "same"), weights(tmp_path / "changed")
+    assert 0 < max((a[k] - b[k]).abs().max() for k in a) < 1e-5
+
+
+@pytest.mark.parametrize("changes", [{"data_on_device": False}, {"data_on_device": False, "workers": 1}])
+def test_where_batches_are_made_changes_nothing(data, tmp_path, changes):
+    options = dict(steps=6, rotate=10.0, crop=16, crop_steps=3)
+    loop.train(config(data, tmp_path / "resident", **options))
+    loop.train(config(data, tmp_path / "other", **options, **changes))
+    assert_same_weights(tmp_path / "resident", tmp_path / "other")
+
+
+def test_both_files_are_read_at_once(data, tmp_path, monkeypatch):
+    """Slices of a validation are spread over a compressed file, which takes seconds at every validation."""
+    monkeypatch.setattr(loop.RaterDataset, "_read", None)
+    monkeypatch.setattr(loop.RaterDataset, "__getitem__", None)
+    loop.train(config(data, tmp_path, steps=2, val_data=data["val_data"], validation_slices=2))
+
+
+def test_quiet(data, tmp_path, capfd):
+    words = arguments(config(data, tmp_path / "loud", steps=2, val_data=data["val_data"], validation_slices=2))
+    assert cli.main(words) == 0
+    out, errors = capfd.readouterr()
+    assert "model.safetensors" in out and "training" in errors and "validation" in errors
+    words = arguments(config(data, tmp_path / "quiet", steps=2, val_data=data["val_data"], validation_slices=2))
+    assert cli.main([*words, "--quiet"]) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_average_is_torchs():
+    """Bit for bit; nothing is copied to where the weights are and read back, for which the host would wait."""
+    network, decay = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7)), 0.9
+
+    def torchs(averages, currents, count):
+        get_ema_multi_avg_fn(min(decay, (1 + float(count)) / (10 + float(count))))(averages, currents, count)
+
+    average, expected = Average(network, decay), AveragedModel(network, multi_avg_fn=torchs)
+    for _ in range(100):
+        with torch.no_grad():
+            for tensor in (*network.parameters(), network[1].running_mean):
+                tensor.add_(torch.randn_like(tensor))
+        expected.update_parameters(network)
+        average.update()
+        for (name, ours), theirs in zip(
+            average.model.state_dict().items(), expected.state_dict().values(), strict=True
+        ):
+            assert torch.equal(ours, theirs), name
+    on_meta = Average(torch.nn.Linear(5, 7, device="meta"), decay)  # whose numbers nobody can read
+    on_meta.update()
+    on_meta.update()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):

@@ -183,7 +183,7 @@ def test_fingerprints_tell_volumes_apart():
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     volume = scan()
-    path = tmp_path / "mask.nii.gz"
+    path = tmp_path / "mask.mha"
     volumes.write(path, volume.array, volume)
     before = path.read_bytes()
 
@@ -191,7 +191,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         raise RuntimeError("Exception thrown in SimpleITK:\nITK ERROR: No space left on device")
 
     monkeypatch.setattr(sitk, "WriteImage", full)
-    with pytest.raises(OSError, match=r"^mask.nii.gz cannot be written: No space left on device$"):
+    with pytest.raises(OSError, match=r"^mask.mha cannot be written: No space left on device$"):
         volumes.write(path, volume.array + 1, volume)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(ValueError, match="array must have the shape of its grid"):
@@ -212,7 +212,7 @@ def test_spacing_that_the_file_does_not_tell_is_not_invented(tmp_path):
     volume = scan("plain")
     volumes.write(tmp_path / "scan.nii", volume.array, volume)
     data = bytearray((tmp_path / "scan.nii").read_bytes())
-    data[80:92] = bytes(12)  # pixdim
+    data[80:92], data[252:256] = bytes(12), bytes(4)  # pixdim, and the codes of both forms
     (tmp_path / "scan.nii").write_bytes(bytes(data))
     assert volumes.read(tmp_path / "scan.nii").spacing is None
     for name, key in (("scan.nrrd", b"space directions"), ("scan.mha", b"ElementSpacing")):

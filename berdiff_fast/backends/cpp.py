@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import berdiff_fast._cpu as _cpu
-from berdiff_fast.backends.native import NativeBackend
+from berdiff_fast.backends.native import NOWHERE, NativeBackend, address, no_memory
 
 
 def available_isas() -> list[str]:
@@ -123,10 +123,10 @@ def winograd(
     out = x.new_empty((images, height, width, len(bias)))
     _cpu.winograd(
         out.data_ptr(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
+        p if (p := x.data_ptr()) > NOWHERE else no_memory("x"),
+        p if (p := weight.data_ptr()) > NOWHERE else no_memory("weight"),
+        p if (p := bias.data_ptr()) > NOWHERE else no_memory("bias"),
+        0 if residual is None else address("residual", residual),
         images,
         height,
         width,

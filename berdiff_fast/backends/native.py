@@ -13,6 +13,32 @@ import torch
 TYPES = {torch.bool: 0, torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 
 
+#: No system gives out addresses below: what is there is a place in a storage that has been freed.
+NOWHERE = 2**16 - 1
+
+
+def address(name: str, tensor: torch.Tensor) -> int:
+    """Of a tensor's first element.
+
+    Raises:
+        ValueError: it has no memory.
+    """
+    return p if (p := tensor.data_ptr()) > NOWHERE else no_memory(name)
+
+
+def no_memory(name: str, tensor: torch.Tensor | None = None) -> int:
+    """Raise where a kernel would get an address that is none; an empty ``tensor`` may have such.
+
+    Raises:
+        ValueError: naming the argument: zeros that are nowhere, a functional tensor, a storage that was freed.
+    """
+    if tensor is not None and not tensor.numel():
+        return 0
+    raise ValueError(
+        f"{name} has no memory (a zero tensor, a functional one, or a storage that was freed); clone it first"
+    )
+
+
 class NativeBackend:
     """The ops of one compiled module.
 
@@ -32,7 +58,7 @@ class NativeBackend:
         self.module.noise(
             out.data_ptr(),
             TYPES[out.dtype],
-            seeds.data_ptr(),
+            p if (p := seeds.data_ptr()) > NOWHERE else no_memory("seeds"),
             seeds.ndim,  # columns: a seed, or a seed and a first sample
             rows,
             out.numel() // rows,
@@ -57,11 +83,11 @@ class NativeBackend:
         self.module.q_sample(
             out.data_ptr(),
             TYPES[out.dtype],
-            y_0.data_ptr(),
+            p if (p := y_0.data_ptr()) > NOWHERE else no_memory("y_0"),
             TYPES[y_0.dtype],
-            t.data_ptr(),
-            flip.data_ptr(),
-            seeds.data_ptr(),
+            p if (p := t.data_ptr()) > NOWHERE else no_memory("t"),
+            p if (p := flip.data_ptr()) > NOWHERE else no_memory("flip"),
+            p if (p := seeds.data_ptr()) > NOWHERE else no_memory("seeds"),
             seeds.ndim,  # columns: a seed, or a seed and a first sample
             rows,
             out.numel() // rows,
@@ -90,16 +116,16 @@ class NativeBackend:
         self.module.step(
             out.data_ptr(),
             TYPES[out.dtype],
-            y_t.data_ptr(),
+            p if (p := y_t.data_ptr()) > NOWHERE else no_memory("y_t"),
             TYPES[y_t.dtype],
-            logits.data_ptr(),
+            p if (p := logits.data_ptr()) > NOWHERE else no_memory("logits"),
             TYPES[logits.dtype],
-            coefficients.data_ptr(),
-            nan_flag.data_ptr(),
+            p if (p := coefficients.data_ptr()) > NOWHERE else no_memory("coefficients"),
+            p if (p := nan_flag.data_ptr()) > NOWHERE else no_memory("nan_flag"),
             timestep,
             predicts_y0,
             threshold,
-            seeds.data_ptr(),
+            p if (p := seeds.data_ptr()) > NOWHERE else no_memory("seeds"),
             seeds.ndim,  # columns: a seed, or a seed and a first sample
             rows,
             out.numel() // rows,
@@ -119,11 +145,11 @@ class NativeBackend:
     ) -> None:
         self.module.posterior(
             out.data_ptr(),
-            y_t.data_ptr(),
+            p if (p := y_t.data_ptr()) > NOWHERE else no_memory("y_t"),
             TYPES[y_t.dtype],
-            logits.data_ptr(),
+            p if (p := logits.data_ptr()) > NOWHERE else no_memory("logits"),
             TYPES[logits.dtype],
-            coefficients.data_ptr(),
+            p if (p := coefficients.data_ptr()) > NOWHERE else no_memory("coefficients"),
             predicts_y0,
             out.numel(),
             self._context(out),
@@ -133,10 +159,10 @@ class NativeBackend:
         images, masks = a.shape[:2]
         self.module.overlap(
             out.data_ptr(),
-            a.data_ptr(),
+            p if (p := a.data_ptr()) > NOWHERE else no_memory("a", a),
             TYPES[a.dtype],
             masks,
-            b.data_ptr(),
+            p if (p := b.data_ptr()) > NOWHERE else no_memory("b", b),
             TYPES[b.dtype],
             b.shape[1],
             images,
@@ -164,15 +190,15 @@ class NativeBackend:
             gradient.data_ptr(),
             TYPES[gradient.dtype],
             partial.data_ptr(),
-            logits.data_ptr(),
+            p if (p := logits.data_ptr()) > NOWHERE else no_memory("logits"),
             TYPES[logits.dtype],
-            y_t.data_ptr(),
+            p if (p := y_t.data_ptr()) > NOWHERE else no_memory("y_t"),
             TYPES[y_t.dtype],
-            y_0.data_ptr(),
+            p if (p := y_0.data_ptr()) > NOWHERE else no_memory("y_0"),
             TYPES[y_0.dtype],
-            0 if ignore is None else ignore.data_ptr(),
+            0 if ignore is None else address("ignore", ignore),
             0 if ignore is None else TYPES[ignore.dtype],
-            rows.data_ptr(),
+            p if (p := rows.data_ptr()) > NOWHERE else no_memory("rows"),
             0 if kept is None else kept.data_ptr(),
             predicts_y0,
             count,
@@ -193,12 +219,12 @@ class NativeBackend:
     ) -> None:
         self.module.group_norm(
             out.data_ptr(),
-            x.data_ptr(),
+            p if (p := x.data_ptr()) > NOWHERE else no_memory("x"),
             x.shape[-1],
-            0 if other is None else other.data_ptr(),
+            0 if other is None else address("other", other),
             0 if other is None else other.shape[-1],
-            weight.data_ptr(),
-            bias.data_ptr(),
+            p if (p := weight.data_ptr()) > NOWHERE else no_memory("weight"),
+            p if (p := bias.data_ptr()) > NOWHERE else no_memory("bias"),
             out.shape[0],
             math.prod(out.shape[1:-1]),
             groups,

@@ -8,6 +8,7 @@ one process would.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch.utils.data import Dataset
 
 from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.model import Preprocessing
+from berdiff_fast.network.prior import size_class
+from berdiff_fast.network.window import middle
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -53,18 +56,31 @@ class Augmentation:
             img, mask = img.rot90(turns, (-2, -1)), mask.rot90(turns, (-2, -1))
         return img, mask
 
-    @staticmethod
+    @classmethod
     def _affine(
-        img: torch.Tensor, mask: torch.Tensor, degrees: float, zoom: float
+        cls, img: torch.Tensor, mask: torch.Tensor, degrees: float, zoom: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = math.cos(math.radians(degrees)) / zoom, math.sin(math.radians(degrees)) / zoom
         height, width = img.shape[-2:]
+        theta = torch.tensor([cls.theta(degrees, zoom, height, width)], dtype=torch.float32)
+        grid = F.affine_grid(theta, [1, 1, height, width], align_corners=False)
+        return cls.sample_image(img[None], grid)[0], cls.sample_mask(mask[None], grid)[0]
+
+    @staticmethod
+    def theta(degrees: float, zoom: float, height: int, width: int) -> list[list[float]]:
+        """The 2 x 3 matrix of ``affine_grid`` for images of a height and width."""
+        cos, sin = math.cos(math.radians(degrees)) / zoom, math.sin(math.radians(degrees)) / zoom
         # Normalised coordinates stretch with the shorter side; a rotation must not.
-        theta = torch.tensor([[cos, -sin * height / width, 0], [sin * width / height, cos, 0]], dtype=torch.float32)
-        grid = F.affine_grid(theta[None], [1, 1, height, width], align_corners=False)
-        img = F.grid_sample(img[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
-        # Nearest: a mask stays 0 and 1; outside there is nothing to find.
-        return img, F.grid_sample(mask[None], grid, mode="nearest", padding_mode="zeros", align_corners=False)[0]
+        return [[cos, -sin * height / width, 0], [sin * width / height, cos, 0]]
+
+    @staticmethod
+    def sample_image(img: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) at a grid (B, H', W', 2) of normalised coordinates."""
+        return F.grid_sample(img, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+    @staticmethod
+    def sample_mask(mask: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        """Masks (B, K, H, W), float, at such a grid: 0 and 1 still, and nothing outside."""
+        return F.grid_sample(mask, grid, mode="nearest", padding_mode="zeros", align_corners=False)
 
 
 class TrainingExamples(Dataset):
@@ -82,6 +98,9 @@ class TrainingExamples(Dataset):
         augmentation: random changes.
         crop: show only the middle square of this many pixels; 0: all of the image.
         crop_before: the first position that shows all of the image again; none: there is no such position.
+        mode_edges: of the size classes of a mode prior. An example then has ``mode``, the class of y_0, which is one of
+            a rater who marked something (if any did), and ``mode_target``, the share of all raters in each class.
+        mode_window: classes are counted in the middle square of this many pixels; 0: everywhere.
     """
 
     def __init__(
@@ -93,6 +112,8 @@ class TrainingExamples(Dataset):
         augmentation: Augmentation | None = None,
         crop: int = 0,
         crop_before: int | None = None,
+        mode_edges: Sequence[int] | None = None,
+        mode_window: int = 0,
     ) -> None:
         self.slices = slices
         self.preprocessing = preprocessing
@@ -101,6 +122,7 @@ class TrainingExamples(Dataset):
         self.augmentation = Augmentation() if augmentation is None else augmentation
         self.crop = crop
         self.crop_before = crop_before
+        self.mode_edges, self.mode_window = mode_edges, mode_window
         self._phase = float(np.random.default_rng([seed, 2]).random())
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
@@ -111,17 +133,61 @@ class TrainingExamples(Dataset):
             self._order = epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.slices))
         return int(self._order[1][place])
 
+    def slice_indices(self, positions: np.ndarray) -> np.ndarray:
+        """``slice_index`` of many positions: (B,) int64."""
+        epochs, places = np.divmod(positions, len(self.slices))
+        result = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            self.slice_index(epoch * len(self.slices))  # which makes that epoch's order
+            result[epochs == epoch] = self._order[1][places[epochs == epoch]]
+        return result
+
+    def timestep(self, positions: np.ndarray) -> np.ndarray:
+        """The timesteps of positions, int64 both."""
+        return (self.timesteps * ((self._phase + positions * _GOLDEN) % 1.0)).astype(np.int64)
+
+    def crop_at(self, position: int) -> int:
+        """The side of the square that the example at a position shows; 0: all of the image."""
+        return self.crop if self.crop_before is None or position < self.crop_before else 0
+
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        """img (C, H, W) float32, y_0 (K, H, W) float32 of 0 and 1, t and noise_seed, int64 scalars."""
+        """img (C, H, W) float32, y_0 (K, H, W) float32 of 0 and 1, t and noise_seed, int64 scalars.
+
+        With ``mode_edges`` also mode, an int64 scalar, and mode_target (classes,) float32.
+        """
         random = np.random.default_rng([self.seed, 1, position])
+        if self.mode_edges is not None:
+            return self._with_mode(position, self.mode_edges, random)
         rater = int(random.integers(self.slices.raters))
         image, mask = self.slices.one_rater(self.slice_index(position), rater)
         t = int(self.timesteps * ((self._phase + position * _GOLDEN) % 1.0))
         noise_seed = int(random.integers(2**63))
         img, y_0 = self.augmentation(self.preprocessing(image[None])[0], mask.float(), random)
-        if self.crop and (self.crop_before is None or position < self.crop_before):
-            y, x = ((size - self.crop) // 2 for size in img.shape[-2:])
-            img, y_0 = (a[..., y : y + self.crop, x : x + self.crop] for a in (img, y_0))
+        return self._example(position, img, y_0, t, noise_seed)
+
+    def _with_mode(self, position: int, edges: Sequence[int], random: np.random.Generator) -> dict[str, torch.Tensor]:
+        """An example for a mode prior: all raters are augmented alike, and the classes are those of what is seen."""
+        image, masks = self.slices[self.slice_index(position)]
+        marked = self._counted(masks).flatten(1).any(1).nonzero()[:, 0].tolist() or list(range(len(masks)))
+        rater = marked[int(random.integers(len(marked)))]
+        t = int(self.timesteps * ((self._phase + position * _GOLDEN) % 1.0))
+        noise_seed = int(random.integers(2**63))
+        img, flat = self.augmentation(self.preprocessing(image[None])[0], masks.flatten(0, 1).float(), random)
+        example = self._example(position, img, flat, t, noise_seed)
+        y_0 = example["y_0"].unflatten(0, masks.shape[:2])
+        classes = size_class(self._counted(y_0), edges)
+        target = F.one_hot(classes, len(edges) + 2).float().mean(0)
+        return {**example, "y_0": y_0[rater].contiguous(), "mode": classes[rater], "mode_target": target}
+
+    def _counted(self, masks: torch.Tensor) -> torch.Tensor:
+        return middle(masks, self.mode_window) if self.mode_window else masks
+
+    def _example(
+        self, position: int, img: torch.Tensor, y_0: torch.Tensor, t: int, noise_seed: int
+    ) -> dict[str, torch.Tensor]:
+        if crop := self.crop_at(position):
+            y, x = ((size - crop) // 2 for size in img.shape[-2:])
+            img, y_0 = (a[..., y : y + crop, x : x + crop] for a in (img, y_0))
         return {
             "img": img.contiguous(),
             "y_0": y_0.contiguous(),

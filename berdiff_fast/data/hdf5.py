@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from berdiff_fast import limits
+from berdiff_fast.io import contained
+
 #: Datasets beside ``image`` and ``mask`` that say where a slice comes from; each (N,) and optional.
 PROVENANCE = ("patient_id", "nodule", "slice")
+#: Layouts whose ``patient_id`` tells cases apart, not patients (``data.layouts``).
+_CASES = ("cimd",)
+
+#: How many slices of two files are compared at most where patients cannot be.
+_COMPARED = 8192, 1024
 
 
 class RaterDataset(Dataset):
@@ -29,6 +40,8 @@ class RaterDataset(Dataset):
     Attributes:
         raters, mask_channels, img_channels: R, K and C.
         image_size: (H, W).
+        provenance: what the file has of ``PROVENANCE``.
+        names_patients: whether the file says which slices are of one patient.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -42,7 +55,8 @@ class RaterDataset(Dataset):
             raise FileNotFoundError(f"path: there is no file {str(self.path)!r}")
         self._file: h5py.File | None = None
         self._owner = -1
-        with self._open() as file:
+        self._sets: Any = None  # image and mask of that file
+        with self._open() as file, contained.reading(self.path):
             image, mask = self._datasets(file)
             self._length = len(image)
             self.image_size: tuple[int, int] = (image.shape[-2], image.shape[-1])
@@ -51,33 +65,34 @@ class RaterDataset(Dataset):
             self.mask_channels: int = 1 if mask.ndim == 4 else mask.shape[2]
             self.provenance: dict[str, np.ndarray] = {}
             for name in PROVENANCE:
-                if name in file:
-                    if file[name].shape != (self._length,):
-                        raise ValueError(
-                            f"{self.path}: {name} must have shape ({self._length},), got {file[name].shape}"
-                        )
-                    if file[name].dtype.kind not in "iu":
-                        raise ValueError(f"{self.path}: {name} must hold integers, got {file[name].dtype}")
-                    self.provenance[name] = file[name][()]
+                with contained.reading(self.path, name):
+                    found = contained.dataset(file, name)
+                    if found is None:
+                        continue
+                    if found.shape != (self._length,):
+                        raise ValueError(f"{self.path}: {name} must have shape ({self._length},), got {found.shape}")
+                    if found.dtype.kind not in "iu":
+                        raise ValueError(f"{self.path}: {name} must hold integers, got {found.dtype}")
+                    self.provenance[name] = contained.whole(found)
+            self.names_patients = "patient_id" in self.provenance and file.attrs.get("source") not in _CASES
             self._memory: tuple[np.ndarray, np.ndarray] | None = None
             if in_memory:
-                images, masks = image[()], mask[()]
-                # In pieces: a comparison of the whole would need as much memory again.
-                for i in range(0, self._length, 1024):
-                    self._check(images[i : i + 1024], masks[i : i + 1024], i)
-                self._memory = images, masks.astype(bool, copy=False)
+                self._memory = self._read_all(image, mask)
 
     def _open(self) -> h5py.File:
         try:
             return h5py.File(self.path, "r")
-        except OSError as error:
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise ValueError(f"{self.path} cannot be read as HDF5 (truncated or damaged?): {error}") from error
 
     def _datasets(self, file: h5py.File) -> tuple[h5py.Dataset, h5py.Dataset]:
+        found: dict[str, Any] = {}
         for name in ("image", "mask"):
-            if not isinstance(file.get(name), h5py.Dataset):
+            with contained.reading(self.path, name):
+                found[name] = contained.dataset(file, name)
+            if found[name] is None:
                 raise ValueError(f"{self.path} has no dataset {name!r}; it has {sorted(file)}")
-        image, mask = file["image"], file["mask"]
+        image, mask = found["image"], found["mask"]
         if image.ndim not in (3, 4) or image.dtype.kind not in "uif":
             raise ValueError(
                 f"{self.path}: image must be (N, H, W) or (N, C, H, W) real numbers, got {image.dtype} {image.shape}"
@@ -90,6 +105,10 @@ class RaterDataset(Dataset):
             raise ValueError(f"{self.path}: mask {mask.shape} does not fit image {image.shape}")
         if 0 in image.shape or 0 in mask.shape:
             raise ValueError(f"{self.path} is empty: image {image.shape}, mask {mask.shape}")
+        for name, data in (("image", image), ("mask", mask)):
+            one = math.prod(data.shape[1:]) * data.dtype.itemsize
+            limits.plausible(f"{self.path}: a slice of {name!r}", one, data.id.get_storage_size())
+            limits.room(f"{self.path}: a slice of {name!r}", one)
         return image, mask
 
     def _check(self, images: np.ndarray, masks: np.ndarray, first: int) -> None:
@@ -102,6 +121,17 @@ class RaterDataset(Dataset):
             bad = np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(1))
             if len(bad):
                 raise ValueError(f"{self.path}: image of slice {first + bad[0]} has NaN or infinite values")
+
+    def _read_all(self, image: h5py.Dataset, mask: h5py.Dataset) -> tuple[np.ndarray, np.ndarray]:
+        advice = "in_memory=False (--no-in-memory) reads slice by slice"
+        with contained.reading(self.path, "image"):
+            images = contained.whole(image, advice)
+        with contained.reading(self.path, "mask"):
+            masks = contained.whole(mask, advice)
+        # In pieces: a comparison of the whole would need as much memory again.
+        for i in range(0, self._length, 1024):
+            self._check(images[i : i + 1024], masks[i : i + 1024], i)
+        return images, masks.astype(bool, copy=False)
 
     def __len__(self) -> int:
         return self._length
@@ -126,8 +156,13 @@ class RaterDataset(Dataset):
         else:
             # An HDF5 handle must not be shared with a forked worker.
             if self._file is None or self._owner != os.getpid():
-                self._file, self._owner = self._open(), os.getpid()
-            image, mask = self._file["image"][index], self._file["mask"][index, raters]
+                file = self._open()
+                with contained.reading(self.path):
+                    self._sets = self._datasets(file)
+                self._file, self._owner = file, os.getpid()
+            of_images, of_masks = self._sets
+            with contained.reading(self.path, f"slice {index}"):
+                image, mask = of_images[index], of_masks[index, raters]
             self._check(image[None], mask[None], index)
         height, width = self.image_size
         native = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("="))
@@ -136,13 +171,61 @@ class RaterDataset(Dataset):
             torch.from_numpy(mask.astype(bool)).reshape(-1, self.mask_channels, height, width),
         )
 
+    def rows(
+        self, indices: Sequence[int] | np.ndarray, raters: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Images (B, C, H, W) in the file's dtype and masks (B, R, K, H, W) bool of some slices.
+
+        Args:
+            indices: B of them, in [0, N).
+            raters: (B,), the one rater of each slice whose mask is wanted: masks are (B, 1, K, H, W) then.
+        """
+        if self._memory is None:
+            if raters is None:
+                read = [self[int(i)] for i in indices]
+            else:
+                one = [self.one_rater(int(i), int(r)) for i, r in zip(indices, raters, strict=True)]
+                read = [(image, mask[None]) for image, mask in one]
+            return np.stack([image.numpy() for image, _ in read]), np.stack([mask.numpy() for _, mask in read])
+        images, masks = self._memory
+        masks = masks[indices] if raters is None else masks[indices, raters][:, None]
+        return self._shaped(images[indices], masks)
+
+    def whole(self) -> tuple[np.ndarray, np.ndarray]:
+        """All images (N, C, H, W) and masks (N, R, K, H, W) bool; without a copy if the file is in memory."""
+        if self._memory is None:
+            with self._open() as file, contained.reading(self.path):
+                return self._shaped(*self._read_all(*self._datasets(file)))
+        return self._shaped(*self._memory)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the file was read at once."""
+        return self._memory is not None
+
+    def _shaped(self, images: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        native = np.ascontiguousarray(images, dtype=images.dtype.newbyteorder("="))
+        return (
+            native.reshape(len(images), self.img_channels, *self.image_size),
+            masks.reshape(len(masks), -1, self.mask_channels, *self.image_size),
+        )
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_file": None, "_sets": None}
 
     def batch(self, indices: range | list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, C, H, W) and masks (B, R, K, H, W) of some slices."""
-        images, masks = zip(*(self[i] for i in indices), strict=True)
-        return torch.stack(images), torch.stack(masks)
+        images, masks = self.rows(indices)
+        return torch.from_numpy(images), torch.from_numpy(masks)
+
+    def images(self, indices: list[int]) -> np.ndarray:
+        """Images of some slices, of ascending indices, as they are in the file; no masks are read."""
+        first, last = indices[0], indices[-1]
+        chosen: Any = slice(first, last + 1) if last - first + 1 == len(indices) else indices
+        if self._memory is not None:
+            return self._memory[0][chosen]
+        with self._open() as file, contained.reading(self.path, "image"):
+            return self._datasets(file)[0][chosen]
 
     def describe(self, index: int) -> dict[str, int]:
         """Where a slice comes from: its index and what of patient_id, nodule and slice the file tells."""
@@ -150,7 +233,11 @@ class RaterDataset(Dataset):
 
 
 def check_disjoint(first: RaterDataset, second: RaterDataset) -> None:
-    """Raise ValueError if a patient is in both, where the files name patients."""
+    """Raise ValueError if a patient is in both; where the files do not name patients, if a slice is.
+
+    Slices are one where their images are. Blank ones do not count, and of large files a part is compared, evenly
+    spread: a copy is found whatever its size, a few shared slices among many thousands need not be.
+    """
     if "patient_id" in first.provenance and "patient_id" in second.provenance:
         shared = np.intersect1d(first.provenance["patient_id"], second.provenance["patient_id"])
         if len(shared):
@@ -158,3 +245,28 @@ def check_disjoint(first: RaterDataset, second: RaterDataset) -> None:
                 f"{len(shared)} patients are in both {first.path} and {second.path}, the first is {shared[0]}; "
                 "split by patient"
             )
+    if first.path.samefile(second.path):
+        raise ValueError(f"{first.path} and {second.path} are one file; train and validate on different patients")
+    if first.names_patients and second.names_patients:
+        return
+    known = {digest: index for index, digest in _digests(first, _COMPARED[0])}
+    same = [(known[digest], index) for index, digest in _digests(second, _COMPARED[1]) if digest in known]
+    if same:
+        raise ValueError(
+            f"{len(same)} slices are in both {first.path} and {second.path}, the first are slices {same[0][0]} and "
+            f"{same[0][1]}; split by patient"
+        )
+
+
+def _digests(data: RaterDataset, at_most: int) -> list[tuple[int, bytes]]:
+    """Index and digest of images that are not of one value."""
+    count = min(at_most, len(data))
+    indices = [k * len(data) // count for k in range(count)]
+    found = []
+    for start in range(0, count, 256):  # many at a time, since a chunk of the file may hold many
+        some = indices[start : start + 256]
+        for index, image in zip(some, data.images(some), strict=True):
+            values = image.astype(np.float64)  # equal numbers, whatever type they are stored in
+            if values.min() < values.max():
+                found.append((index, hashlib.blake2b(np.ascontiguousarray(values).tobytes(), digest_size=16).digest()))
+    return found

@@ -26,6 +26,7 @@ from berdiff_fast import checks
 from berdiff_fast.data import layouts, pixels
 from berdiff_fast.data.layouts import LAYOUTS, PATIENT_PATTERN, SPLITS, Problem, Slice
 from berdiff_fast.data.writing import SplitReport, Writer, whole
+from berdiff_fast.words import shown
 
 __all__ = ["FORMAT", "Problem", "Report", "SplitReport", "import_tree", "split_of"]
 
@@ -87,10 +88,10 @@ class Report:
             lines.append(f"{name:9s} {split.slices} slices of {split.patients} patients{empty}")
         lines += [f"note      {note}" for note in self.notes]
         if self.ignored:
-            lines.append(f"ignored   {len(self.ignored)} files or folders, such as {self.ignored[0]}")
+            lines.append(f"ignored   {len(self.ignored)} files or folders, such as {shown(self.ignored[0])}")
         if self.problems:
             lines.append(f"problems  {len(self.problems)}, all of them in {Path(self.output) / 'import.json'}")
-            lines += [f"  {one.path}: {one.reason}" for one in self.problems[:5]]
+            lines += [f"  {shown(one.path)}: {shown(one.reason)}" for one in self.problems[:5]]
         return "\n".join([*lines, f"written   {self.output}"])
 
 
@@ -313,7 +314,7 @@ def _read_splits(path: Path) -> dict[str, list[str]]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"split_file: there is no file {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"split_file: {path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict) or not any(name in content for name in SPLITS):
         raise ValueError(f'split_file: {path} must hold lists of patients under "train", "val" and "test"')

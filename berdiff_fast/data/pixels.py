@@ -6,58 +6,27 @@ Every function raises a ValueError that says what is wrong with the picture; the
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 
-# Pillow's own words for it hold the path, which the caller names already.
-_WORDS = {"UnidentifiedImageError": "not a PNG, JPEG or TIFF"}
-
-
-class _NotGreyError(ValueError):
-    """The file is sound, and not what was asked for."""
-
+from berdiff_fast.io import padding
+from berdiff_fast.io.pictures import read as read
 
 # The values that mean "inside" in a mask of 0 and one other value.
 _ONES = (1, 255, 65535)
-
-
-def read(path: Path) -> tuple[np.ndarray, bool]:
-    """One grey picture, (H, W) of any real dtype, and whether it was compressed with loss (JPEG).
-
-    Colour pictures pass if they are grey, that is, if their channels are equal; transparent ones if nothing of them is.
-
-    Raises:
-        ValueError: it cannot be read, or it is not one grey picture.
-    """
-    try:
-        array, lossy = _npy(path) if path.suffix.lower() == ".npy" else _picture(path)
-    except (_NotGreyError, MemoryError):
-        raise
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror or _WORDS.get(type(error).__name__, error)}") from error
-    except Exception as error:  # decoders raise what they like on broken files: SyntaxError, zlib.error, struct.error
-        raise ValueError(f"cannot be read: {error}") from error
-    if array.ndim != 2 or array.dtype.kind not in "buif":
-        raise ValueError(f"must be one (H, W) picture of real numbers, got shape {array.shape} of {array.dtype}")
-    if array.size == 0:
-        raise ValueError(f"is empty, of shape {array.shape}")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError("has NaN or infinite values")
-    return array, lossy
 
 
 def to_image(x: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
     """(H, W) uint8. What is uint8 already stays as it is; all else is scaled and rounded.
 
     With a ``window`` (low, high), low becomes 0, high 255, and values beyond are clipped; without, the picture's own
-    minimum becomes 0 and its maximum 255. A picture of one value becomes 0.
+    minimum becomes 0 and its maximum 255; values that mean "outside the scan" (``io.padding``) count for neither, and
+    become 0. A picture of one value becomes 0.
     """
     if x.dtype == np.uint8:
         return x
+    outside = padding.guess(x)
     x = x.astype(np.float64)
-    low, high = window or (float(x.min()), float(x.max()))
+    low, high = window or (float((x if outside is None else x[x > outside[1]]).min()), float(x.max()))
     if not np.isfinite(high - low):
         raise ValueError(f"has values from {low} to {high}, too far apart to be scaled")
     unit = np.clip((x - low) / (high - low), 0, 1) if high > low else np.zeros_like(x)
@@ -134,28 +103,3 @@ def contours(image: np.ndarray, masks: np.ndarray) -> np.ndarray:
 
 # Okabe and Ito's orange, sky blue, green, yellow, vermilion, purple: told apart with every common deficiency.
 _COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167))
-
-
-def _npy(path: Path) -> tuple[np.ndarray, bool]:
-    array: Any = np.load(path, allow_pickle=False)  # pickles are code
-    if not isinstance(array, np.ndarray):
-        raise ValueError("it is an archive of arrays, not one array")
-    return array, False
-
-
-def _picture(path: Path) -> tuple[np.ndarray, bool]:
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        if getattr(picture, "n_frames", 1) > 1:
-            raise _NotGreyError(f"holds {picture.n_frames} pictures, expected one")
-        if picture.mode in ("L", "I", "F") or picture.mode.startswith("I;16"):
-            return np.asarray(picture), picture.format == "JPEG"
-        if picture.mode not in ("1", "LA", "P", "PA", "RGB", "RGBA"):
-            raise _NotGreyError(f"is a picture of mode {picture.mode}, expected a grey one")
-        rgba, lossy = np.asarray(picture.convert("RGBA")), picture.format == "JPEG"
-    if not (rgba[..., 3] == 255).all():
-        raise _NotGreyError("has transparent pixels, expected an opaque picture")
-    if not (rgba[..., :3] == rgba[..., :1]).all():
-        raise _NotGreyError("is a colour picture, expected a grey one (or equal channels)")
-    return rgba[..., 0], lossy

@@ -10,15 +10,16 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from berdiff_fast import locks
 from berdiff_fast.data.layouts import Slice
-from berdiff_fast.files import sync
+from berdiff_fast.files import keep_mode, sync
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,28 @@ class Writer:
 
 @contextmanager
 def whole(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write into, which becomes ``output`` if all goes well and vanishes if not."""
+    """A folder to write into, which becomes ``output`` if all goes well and vanishes if not.
+
+    What it replaces leaves it its permissions. Nobody else replaces ``output`` at the same time.
+
+    Raises:
+        BusyError: another run is about to.
+    """
     output = output.resolve()  # the folder behind a link is replaced, not the link
     made = [path for path in output.parents if not path.exists()]
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    try:
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, made)
+        stack.enter_context(locks.exclusive(output, output.parent / f".{output.name}.lock"))
+        temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         new = temporary / "new"
         new.mkdir()  # with the permissions that people expect; mkdtemp's is private
         yield new
+        for path in new.iterdir():
+            keep_mode(path, output / path.name)
+        if output.is_dir():
+            new.chmod(output.stat().st_mode & 0o777)
         for path in [*new.iterdir(), new]:
             sync(path)
         old = temporary / "old"
@@ -139,11 +153,12 @@ def whole(output: Path, overwrite: bool) -> Iterator[Path]:
                 os.rename(old, output)
             raise
         sync(output.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for path in made:
-            with suppress(OSError):  # there is something in it
-                path.rmdir()
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for path in folders:
+        with suppress(OSError):  # there is something in it
+            path.rmdir()
 
 
 class _Disk(io.FileIO):

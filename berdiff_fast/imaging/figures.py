@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from berdiff_fast import checks, metrics
-from berdiff_fast.files import write_bytes
+from berdiff_fast.imaging.canvas import INK as _INK
+from berdiff_fast.imaging.canvas import RATER as _RATER
+from berdiff_fast.imaging.canvas import SAMPLE as _SAMPLE
+from berdiff_fast.imaging.canvas import done as _done
+from berdiff_fast.imaging.canvas import figure as _figure
+from berdiff_fast.imaging.canvas import quiet as _quiet
+from berdiff_fast.imaging.canvas import require_matplotlib
+from berdiff_fast.imaging.canvas import target as _target
+from berdiff_fast.imaging.canvas import write as _write
+from berdiff_fast.imaging.reliability import existence_diagram, reliability_diagram
 from berdiff_fast.imaging.summary import disagreement
 
 if TYPE_CHECKING:
@@ -21,9 +28,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
-# Okabe and Ito's orange and sky blue: told apart with every common colour vision deficiency.
-_RATER, _SAMPLE = "#E69F00", "#56B4E9"
-_INK = "#222222"
+__all__ = [
+    "StepRecorder",
+    "contact_sheet",
+    "denoising_strip",
+    "existence_diagram",
+    "overlay",
+    "reliability_diagram",
+    "require_matplotlib",
+]
 
 # Inches.
 _COLUMNS = 8
@@ -31,14 +44,6 @@ _SMALL, _GAP, _MARGIN, _CAPTION = 1.25, 0.08, 0.15, 0.24
 _WIDTH = _COLUMNS * _SMALL + (_COLUMNS - 1) * _GAP
 _BAR = 0.55  # a colour bar with its ticks
 _LARGE = (_WIDTH - 2 * _BAR - 2 * _GAP) / 3
-
-
-def require_matplotlib() -> None:
-    """Raise an ImportError that tells how to install matplotlib where it is missing."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError('figures need matplotlib: pip install "berdiff_fast[figures]"') from error
 
 
 def contact_sheet(
@@ -298,105 +303,6 @@ def denoising_strip(
         limits: dict[str, Any] = {} if image is not None and k == 0 else {"vmin": 0, "vmax": 1}
         axes.imshow(picture.numpy(), cmap="gray", interpolation="nearest", **limits)
     return _done(figure, target)
-
-
-def reliability_diagram(
-    probability: Tensor | ArrayLike,
-    raters: Tensor | ArrayLike,
-    bins: int = 10,
-    *,
-    title: str | None = None,
-    path: str | os.PathLike[str] | None = None,
-) -> Figure:
-    """Draw the share of raters who mark a pixel against the probability given to it, and how many pixels there are.
-
-    Pixels are sorted by probability p into bins (k - 1)/bins < p <= k/bins, 0 into the first, as for the expected
-    calibration error (docs/metrics.md), which the figure names. On the diagonal, probabilities are right.
-
-    Args:
-        probability: any shape, in [0, 1]: the mean of samples.
-        raters: (R, *shape) masks, bool or 0 and 1.
-        bins: how many, at least 1.
-        title, path: as in ``overlay``.
-
-    Returns:
-        The figure: above, the diagram; below, the pixels in each bin on a logarithmic scale.
-
-    Raises:
-        FileNotFoundError: the folder of ``path`` does not exist.
-        ImportError: matplotlib is not installed.
-        TypeError: ``bins`` is not an int.
-        ValueError: shapes do not fit, or values are no probabilities or masks.
-    """
-    checks.integer("bins", bins, 1)
-    p, rated = torch.as_tensor(probability).detach().cpu(), torch.as_tensor(raters).detach().cpu()
-    p = p if p.is_floating_point() else p.double()
-    if not p.numel() or not bool(((p >= 0) & (p <= 1)).all()):
-        raise ValueError("probability must hold probabilities in [0, 1], got none, NaN or values outside")
-    if rated.ndim != p.ndim + 1 or rated.shape[1:] != p.shape or len(rated) < 1:
-        raise ValueError(f"raters must be (1 or more, *{tuple(p.shape)}) to fit probability, got {tuple(rated.shape)}")
-    if not bool(((rated == 0) | (rated == 1)).all()):
-        raise ValueError("raters must be masks, bool or 0 and 1, got other values")
-    target = _target(path)
-
-    # Edges in the type of p: k / bins, rounded, is what a mean of samples at that edge is, too.
-    edges = torch.arange(1, bins).to(p) / bins
-    of_bin = torch.bucketize(p.flatten(), edges)
-    weights = torch.stack([torch.ones(p.numel()), p.flatten(), rated.double().mean(0).flatten()], 1).double()
-    table = torch.zeros(bins, 3, dtype=torch.float64).index_add_(0, of_bin, weights)
-    error = float(metrics.calibration_error(table[None]))
-    some = table[:, 0] > 0
-    given, share = (table[some, column] / table[some, 0] for column in (1, 2))
-
-    figure = _figure(4.6, 5.4)
-    above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (4, 1)})
-    above.plot((0, 1), (0, 1), color=_INK, linewidth=0.8, linestyle="dotted")
-    above.plot(given.numpy(), share.numpy(), color=_SAMPLE, linewidth=1.5, marker="o", markersize=4)
-    above.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
-    above.set_ylabel("Share of raters", fontsize=8, color=_INK)
-    above.text(0.03, 0.94, f"Calibration error {error:.4f}", fontsize=8, color=_INK)
-    centres = (torch.arange(bins) + 0.5) / bins
-    below.bar(centres.numpy(), table[:, 0].numpy(), 0.9 / bins, color=_SAMPLE)
-    below.set(yscale="log", box_aspect=1 / 4)
-    below.set_ylim(bottom=0.5)  # so that a single pixel has a bar
-    below.set_ylabel("Pixels", fontsize=8, color=_INK)
-    below.set_xlabel("Probability", fontsize=8, color=_INK)
-    for axes in (above, below):
-        _quiet(axes)
-        axes.spines[["top", "right"]].set_visible(False)
-    if title:
-        above.set_title(title, fontsize=11, color=_INK, loc="left")
-    return _done(figure, target)
-
-
-def _target(path: str | os.PathLike[str] | None) -> Path | None:
-    """Where to write; also says what is missing, before any work."""
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise FileNotFoundError(f"path must lie in an existing folder, got {path}")
-    require_matplotlib()
-    return None if path is None else Path(path)
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=150, facecolor="white", layout="constrained")
-
-
-def _done(figure: Figure, target: Path | None) -> Figure:
-    if target is not None:
-        _write(figure, target, target.suffix[1:] or "png")
-    return figure
-
-
-def _write(figure: Figure, path: Path, form: str) -> None:
-    file = io.BytesIO()
-    figure.savefig(file, format=form)
-    write_bytes(path, file.getvalue())
-
-
-def _quiet(axes: Axes) -> None:
-    axes.tick_params(labelsize=7, length=2, colors=_INK)
 
 
 def _images(image: Tensor | ArrayLike) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from berdiff_fast import checks
 from berdiff_fast.files import write_text
 from berdiff_fast.imaging import tables
-from berdiff_fast.imaging.summary import disagreement
+from berdiff_fast.imaging.summary import disagreement, existence_in_words
 
 #: Volumes of more slices than this are shown from the first to the last marked one, and this many beyond.
 _ALL_SLICES, _MARGIN = 40, 3
@@ -53,6 +53,7 @@ def write_report(
     window: tuple[float, float] | None = None,
     provenance: Mapping[str, Any] | None = None,
     max_bytes: int = 50_000_000,
+    existence: float | None = None,
 ) -> None:
     """Write one self-contained HTML file that shows n masks of an image, or of the slices of a volume.
 
@@ -74,6 +75,8 @@ def write_report(
         window: (low, high) intensities shown as black and white; by default the 0.5th and 99.5th percentile.
         provenance: values that JSON can hold, by name, shown as a table: seed, model, versions.
         max_bytes: refuse to write a larger file.
+        existence: the probability that a reader marks something, ``1 - model.prior(img)[:, 0]`` of a model with a mode
+            prior; by default the share of masks in which anything is marked.
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
@@ -92,8 +95,12 @@ def write_report(
     pitch = None if spacing is None else _spacing(spacing)
     shown = _window(slices, window)
     origin = _provenance(provenance)
+    if existence is None:
+        existence = float(drawn.any((1, 2, 3)).mean())
+    elif isinstance(existence, bool) or not 0 <= existence <= 1:
+        raise ValueError(f"existence must be a probability in [0, 1], got {existence!r}")
 
-    text = _page(shown, drawn, rated, title, pitch, unit, origin)
+    text = _page(shown, drawn, rated, title, pitch, unit, origin, float(existence))
     size = len(text.encode())
     if size > max_bytes:
         raise ValueError(
@@ -182,6 +189,7 @@ def _page(
     spacing: tuple[float, ...] | None,
     unit: str,
     provenance: dict[str, str],
+    existence: float,
 ) -> str:
     everyone = masks if raters is None else np.concatenate([masks, raters])
     pixels = everyone.sum((1, 2, 3))
@@ -222,7 +230,7 @@ def _page(
         "title": escape(title) or "Plausible masks",
         "policy": f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'",
         "style": (here / "report.css").read_text("utf-8"),
-        "facts": tables.facts(image.shape, len(masks), len(theirs), spacing),
+        "facts": f"{tables.facts(image.shape, len(masks), len(theirs), spacing)} · {existence_in_words(existence)}",
         "left_out": _left_out(kept, len(image)),
         "mean_ramp": ", ".join(_RAMPS["mean"]),
         "disagreement_ramp": ", ".join(_RAMPS["disagreement"]),

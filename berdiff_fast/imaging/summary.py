@@ -27,6 +27,8 @@ class Summary:
             quantiles of a random set. A small level gives the largest one.
         sizes: of each mask, float64 (B, n, K), in ``unit``.
         unit: "mm2" or "mm3" with a spacing, else "pixels".
+        existence: the probability that a reader marks something, float64 (B,): what the prior says, if there is one,
+            else the share of masks in which anything is marked.
     """
 
     mean: torch.Tensor
@@ -35,12 +37,23 @@ class Summary:
     quantiles: dict[float, torch.Tensor]
     sizes: torch.Tensor
     unit: str
+    existence: torch.Tensor
+
+    def __str__(self) -> str:
+        return "\n".join(existence_in_words(p) for p in self.existence.reshape(-1).tolist())
+
+
+def existence_in_words(probability: float) -> str:
+    """How reports and summaries state it."""
+    return f"probability that a reader marks something: {probability:.2f}"
 
 
 def summarize(
     masks: torch.Tensor | np.ndarray,
     spacing: Sequence[float] | None = None,
     quantiles: Sequence[float] = (0.05, 0.5, 0.95),
+    *,
+    prior: torch.Tensor | np.ndarray | None = None,
 ) -> Summary:
     """Mean, entropy, majority, quantiles and sizes of masks.
 
@@ -48,6 +61,7 @@ def summarize(
         masks: bool (B, n, K, *spatial) as ``sample`` returns it, or (n, *spatial), with 2 or 3 spatial dimensions.
         spacing: mm between pixels along each spatial dimension.
         quantiles: levels, above 0 and up to 1.
+        prior: what ``model.prior(img)`` says of these images, (B, classes) or (classes,): class 0 is the empty mask.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -65,6 +79,16 @@ def summarize(
     batched = x.ndim >= 5
     dims = x.ndim - (3 if batched else 1)
     axis = 1 if batched else 0
+    existence = x.flatten(axis + 1).any(-1).double().mean(-1)
+    if prior is not None:
+        p = checks.tensor("prior", prior)
+        fits = p.ndim > 0 and p.is_floating_point() and p.shape[:-1] == existence.shape
+        if not fits or not bool((p >= 0).all() and ((p.double().sum(-1) - 1).abs() < 1e-3).all()):
+            raise ValueError(
+                f"prior must be probabilities of shape {(*existence.shape, 'classes')}, as model.prior returns them, "
+                f"got shape {tuple(p.shape)}"
+            )
+        existence = 1 - p[..., 0].double()
     marked = x.sum(axis)
     n = x.shape[axis]
     mean = (marked.double() / n).float()
@@ -80,6 +104,7 @@ def summarize(
         quantiles={float(q): marked >= math.ceil(q * n - 1e-9) for q in quantiles},
         sizes=x.flatten(-dims).sum(-1).double() * voxel,
         unit=unit,
+        existence=existence,
     )
 
 

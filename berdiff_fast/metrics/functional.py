@@ -396,6 +396,10 @@ _OF_VOTES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 #: Names that ``evaluate`` knows.
 METRICS: tuple[str, ...] = (*_OF_IOU, *_OF_VOTES)
 
+#: Which way is better, for tools that keep the best. Of the diversity neither is, where the raters' is known; papers
+#: that rank by it alone take the higher.
+HIGHER_IS_BETTER: dict[str, bool] = {name: name not in ("ged", "ece") for name in METRICS}
+
 
 # ---------------------------------------------------------------------- arguments and results
 

@@ -28,39 +28,48 @@ except ImportError as error:
     ) from None
 
 from berdiff_fast import checks
-from berdiff_fast.metrics import functional
+from berdiff_fast.metrics import decomposition, functional
 
 __all__ = [
     "DiceMajority",
     "Evaluation",
+    "ExistenceError",
     "ExpectedCalibrationError",
+    "GEDDecomposition",
     "GeneralizedEnergyDistance",
     "HungarianMatchedIoU",
     "IoUMajority",
     "SampleDiversity",
     "SoftDice",
+    "UnbiasedEnergyDistance",
 ]
 
 
 class _MeansOverImages(Metric):
     full_state_update = False
     is_differentiable = False
-    totals: torch.Tensor
     images: torch.Tensor
 
     def __init__(self, names: Sequence[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.names = tuple(names)
-        self.add_state("totals", torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
+        # A name of its own: a MetricCollection takes metrics whose states have equal names and, after the first batch,
+        # equal values for one and the same, and Dice and IoU of masks that never meet are both 0.
+        self._totals = "totals_of_" + "_".join(self.names)
+        self.add_state(self._totals, torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, raters: Any, samples: Any) -> None:
-        values = functional.evaluate(raters, samples, self.names)
-        self.totals += torch.stack([values[name].sum() for name in self.names]).to(self.totals.device)
+        values = self._values(raters, samples)
+        totals = getattr(self, self._totals)
+        totals += torch.stack([values[name].sum() for name in self.names]).to(totals.device)
         self.images += len(raters)
 
+    def _values(self, raters: Any, samples: Any) -> dict[str, torch.Tensor]:
+        return functional.evaluate(raters, samples, self.names)
+
     def _means(self) -> torch.Tensor:
-        return self.totals / self.images
+        return getattr(self, self._totals) / self.images
 
 
 class Evaluation(_MeansOverImages):
@@ -71,6 +80,9 @@ class Evaluation(_MeansOverImages):
             ``ExpectedCalibrationError`` is that of all their pixels.
         kwargs: of ``torchmetrics.Metric``.
 
+    Attributes:
+        higher_is_better: True or False where that holds for all the names, None where they differ.
+
     Raises:
         ValueError: there is no metric of a name.
     """
@@ -80,6 +92,30 @@ class Evaluation(_MeansOverImages):
             if name not in functional.METRICS:
                 raise ValueError(f"names must be of {list(functional.METRICS)}, got {name!r}")
         super().__init__(names, **kwargs)
+
+    @property
+    def higher_is_better(self) -> bool | None:  # type: ignore[override]
+        ways = {functional.HIGHER_IS_BETTER[name] for name in self.names}
+        return ways.pop() if len(ways) == 1 else None
+
+    def compute(self) -> dict[str, torch.Tensor]:
+        return dict(zip(self.names, self._means(), strict=True))
+
+
+class GEDDecomposition(_MeansOverImages):
+    """Means over all images of what ``metrics.decompose_ged`` tells: chance, existence and shape.
+
+    Args:
+        kwargs: of ``torchmetrics.Metric``.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(decomposition.DECOMPOSITION, **kwargs)
+
+    def _values(self, raters: Any, samples: Any) -> dict[str, torch.Tensor]:
+        return decomposition.decompose_ged(raters, samples)
 
     def compute(self) -> dict[str, torch.Tensor]:
         return dict(zip(self.names, self._means(), strict=True))
@@ -131,9 +167,50 @@ class IoUMajority(_MeanOverImages):
 
 
 class SampleDiversity(_MeanOverImages):
-    """Mean over images of ``metrics.sample_diversity``."""
+    """Mean over images of ``metrics.sample_diversity``.
+
+    It should equal the raters'; ``higher_is_better`` is for tools that must have it, see ``metrics.HIGHER_IS_BETTER``.
+    """
 
     name = "sample_diversity"
+    higher_is_better = True
+
+
+class UnbiasedEnergyDistance(_MeanOverImages):
+    """Mean over images of ``metrics.unbiased_energy_distance``; NaN as soon as an image had one rater or sample."""
+
+    name = "ged_unbiased"
+    higher_is_better = False
+
+    def _values(self, raters: Any, samples: Any) -> dict[str, torch.Tensor]:
+        return decomposition.decompose_ged(raters, samples)
+
+
+class ExistenceError(Metric):
+    """The root mean square over images of P(empty) of the samples against the raters' share.
+
+    Args:
+        kwargs: of ``torchmetrics.Metric``.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = False
+    sums: torch.Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("sums", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, raters: Any, samples: Any) -> None:
+        self.sums += decomposition.existence_sums(raters, samples).sum(0).to(self.sums.device)
+
+    def compute(self) -> torch.Tensor:
+        return (self.sums[1] / self.sums[0]).sqrt()
+
+    def calibration(self) -> decomposition.ExistenceCalibration:
+        """The error beside its binomial floors and a constant's, of this process's images."""
+        return decomposition.calibration_of_sums(self.sums)
 
 
 class ExpectedCalibrationError(Metric):

@@ -54,6 +54,8 @@ def why_not(network: UNet, device: torch.device, dtype: torch.dtype) -> str | No
 def _why_not_shape(config: dict[str, Any]) -> str | None:
     if config["dims"] != 2:
         return "it is for images"
+    if config.get("num_classes"):
+        return "it is told the size class of each mask"
     if not config["conv_resample"]:
         return "its resolution changes without convolutions"
     widths = [config["model_channels"] * m for m in config["channel_mult"]]

@@ -96,7 +96,7 @@ class PreparedUNet:
         timesteps = torch.as_tensor(timesteps, device=device)
         if timesteps.ndim != 1 or not len(timesteps):
             raise ValueError(f"timesteps must be one or more numbers, got shape {tuple(timesteps.shape)}")
-        self.steps = len(timesteps)
+        self.steps, self.classes = len(timesteps), network.num_classes
         if winograd:
             if (device.type, self.dtype, self.spatial_dims) != ("cpu", torch.float32, 2):
                 raise ValueError(
@@ -110,6 +110,8 @@ class PreparedUNet:
             embed = timestep_embedding(timesteps, network.model_channels)
             for layer in network.time_embed:
                 embed = make.linear(layer, embed) if isinstance(layer, nn.Linear) else F.silu(embed)
+            if network.num_classes:  # a row for each class at each timestep
+                embed = (embed[:, None] + network.label_emb.weight.float()).flatten(0, 1)
             embed = F.silu(embed)
 
             parts: Any = network  # torch types what is in a ModuleList as any Module
@@ -130,24 +132,32 @@ class PreparedUNet:
         x = self._patches(img.to(self.dtype))
         return _CONVOLUTIONS[self.spatial_dims](_channels_last(x), self._img_weight, self._img_bias, padding=1)
 
-    def __call__(self, y_t: torch.Tensor, step: int | slice, features: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, y_t: torch.Tensor, step: int | slice, features: torch.Tensor, classes: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits (N, K, *spatial) for noisy masks.
 
         Args:
             y_t: (N, K, *spatial) of 0 and 1 in ``dtype``.
             step: index into ``timesteps``; or a slice of several, for N masks of which each has as many, in turn.
             features: ``encode`` of each mask's image (N, ...), or of B images with N / B masks each, in turn.
+            classes: (N,) int64, of a network with classes; fastest where equal ones are neighbours. For a slice of
+                steps those of the masks at one of them.
         """
+        place: int | slice | _Rows = step
+        if classes is not None:
+            steps = range(step.start, step.stop) if isinstance(step, slice) else (step,)
+            place = _Rows.of(torch.cat([s * self.classes + classes for s in steps]))
         h = _CONVOLUTIONS[self.spatial_dims](_channels_last(self._patches(y_t)), self._mask_weight, padding=1)
         images = features.shape[0]
         h.unflatten(0, (images, -1)).add_(features[:, None])
         skips = [h]
         for block in self._down:
-            h = block(h, None, step)
+            h = block(h, None, place)
             skips.append(h)
-        h = self._middle(h, None, step)
+        h = self._middle(h, None, place)
         for block in self._up:
-            h = block(h, skips.pop(), step)
+            h = block(h, skips.pop(), place)
         logits = self._last(self._norm(h, None))
         return F.pixel_shuffle(logits, self.patch_size) if self.patch_size > 1 else logits
 
@@ -158,7 +168,17 @@ class PreparedUNet:
 # ---------------------------------------------------------------------- one for a network that may change
 
 _KNOWN = {UNet, ResBlock, AttentionBlock, EmbeddingSequential, Downsample, Upsample, Float32GroupNorm}
-_KNOWN |= {nn.Sequential, nn.ModuleList, nn.SiLU, nn.Dropout, nn.Identity, nn.Linear, nn.AvgPool2d, nn.AvgPool3d}
+_KNOWN |= {
+    nn.Sequential,
+    nn.ModuleList,
+    nn.SiLU,
+    nn.Dropout,
+    nn.Identity,
+    nn.Linear,
+    nn.Embedding,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+}
 _KNOWN |= {nn.Conv1d, nn.Conv2d, nn.Conv3d}
 
 #: Prepared forms of a network that are kept, each with a copy of its weights: in float32 and by Winograd, say.
@@ -203,6 +223,8 @@ def why_not(network: Any) -> str | None:
     """Why a network has to be run as it is; None if its prepared form does the same."""
     if type(network) is not UNet:
         return f"it is a {type(network).__name__}, not a UNet"
+    if network.num_classes and next(network.parameters()).device.type != "cpu":
+        return "it is told the size class of each mask, and tables by class are for the CPU so far"
     if network.dtype not in ops.LOGIT_DTYPES:
         return f"it computes in {network.dtype}"
     if torch.is_autocast_enabled(next(network.parameters()).device.type):
@@ -266,7 +288,22 @@ def prepare(
 
 # ---------------------------------------------------------------------- layers
 #
-# Each is called with the activations, those of the skip connection that are to be concatenated (or None), and the step.
+# Each is called with the activations, those of the skip connection that are to be concatenated (or None), and the place
+# in the tables: the step or, in a network that is told classes, a row for each mask.
+
+
+@dataclass
+class _Rows:
+    """Each mask's row of the tables, whose rows are of steps and classes."""
+
+    index: torch.Tensor  # (N,)
+    runs: list[tuple[int, int, int]]  # neighbours that have one in common: first, last + 1, row
+
+    @classmethod
+    def of(cls, index: torch.Tensor) -> _Rows:
+        rows, counts = index.unique_consecutive(return_counts=True)
+        ends = counts.cumsum(0).tolist()
+        return cls(index, list(zip([0, *ends], ends, rows.tolist(), strict=False)))
 
 
 @dataclass
@@ -280,17 +317,29 @@ class _Norm:
     silu: bool
     backend: str
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice = 0) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice | _Rows = 0) -> torch.Tensor:
+        if self.weight.ndim == 1:
+            return self._norm(x, other, self.weight, self.bias)
+        if isinstance(step, int):
+            return self._norm(x, other, self.weight[step], self.bias[step])
+        assert other is None  # a block's second norm
         if isinstance(step, slice):
-            if self.weight.ndim == 2:
-                assert other is None  # a block's second norm
-                steps = range(step.start, step.stop)
-                return torch.cat([self(part, None, s) for s, part in zip(steps, x.chunk(len(steps)), strict=True)])
-            step = 0
+            steps = range(step.start, step.stop)
+            parts = [
+                self._norm(part, None, self.weight[s], self.bias[s])
+                for s, part in zip(steps, x.chunk(len(steps)), strict=True)
+            ]
+        else:
+            parts = [self._norm(x[a:b], None, self.weight[row], self.bias[row]) for a, b, row in step.runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _norm(
+        self, x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
         return ops.group_norm_silu(
             x,
-            self.weight[step] if self.weight.ndim == 2 else self.weight,
-            self.bias[step] if self.bias.ndim == 2 else self.bias,
+            weight,
+            bias,
             self.groups,
             other=other,
             eps=self.eps,
@@ -308,14 +357,17 @@ class _Convolution:
     bias: torch.Tensor
     options: dict[str, Any]
 
-    def __call__(self, x: torch.Tensor, step: int | slice = 0) -> torch.Tensor:
-        bias = self.bias[step] if self.bias.ndim == 2 else self.bias
-        if bias.ndim == 1:
-            return self.call(x, self.weight, bias, **self.options)
+    def __call__(self, x: torch.Tensor, step: int | slice | _Rows = 0) -> torch.Tensor:
+        if self.bias.ndim == 1:
+            return self.call(x, self.weight, self.bias, **self.options)
+        if isinstance(step, int):
+            return self.call(x, self.weight, self.bias[step], **self.options)
         out = self.unbiased(x)
-        of_steps = bias.view(len(bias), 1, -1, *[1] * (x.ndim - 2))
-        out.unflatten(0, (len(bias), -1)).add_(of_steps)
-        return out
+        if isinstance(step, slice):
+            bias = self.bias[step]
+            out.unflatten(0, (len(bias), -1)).add_(bias.view(len(bias), 1, -1, *[1] * (x.ndim - 2)))
+            return out
+        return out.add_(self.bias[step.index].reshape(*out.shape[:2], *[1] * (out.ndim - 2)))
 
     def unbiased(self, x: torch.Tensor) -> torch.Tensor:
         return self.call(x, self.weight, None, **self.options)
@@ -346,7 +398,7 @@ class _Residual:
     conv_2: _Convolution
     skip: torch.Tensor | None  # (inputs, outputs); its bias is in conv_2's
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice | _Rows) -> torch.Tensor:
         h = self.norm_2(self.conv_1(self.norm_1(x, other), step), None, step)
         if self.skip is None:
             both = x if other is None else _channels_last(torch.cat([x, other], dim=1))
@@ -369,7 +421,7 @@ class _Attention:
     out: tuple[torch.Tensor, torch.Tensor]
     heads: int
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice | _Rows) -> torch.Tensor:
         n, channels = x.shape[:2]
         qkv = F.linear(_tokens(self.norm(x, None)).view(n, -1, channels), *self.qkv)
         # Channels are ordered head first, then q, k, v.
@@ -385,7 +437,7 @@ class _Resize:
 
     call: Callable[[torch.Tensor], torch.Tensor]
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice | _Rows) -> torch.Tensor:
         return self.call(x)
 
 
@@ -395,7 +447,7 @@ class _Sequence:
 
     layers: list[Any]
 
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice | _Rows) -> torch.Tensor:
         for layer in self.layers:
             x, other = layer(x, other, step), None
         return x

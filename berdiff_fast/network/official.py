@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from berdiff_fast import limits
 from berdiff_fast.network.unet import UNet
 
 #: The network's arguments in the published scripts, with their defaults. ``channel_mult`` is ours: the
@@ -184,6 +186,7 @@ def _read_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} is not an existing file")
     path.open("rb").close()  # a file we may not read is its own error: below, any error means damage
+    _check_unpacked(path)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -197,6 +200,23 @@ def _read_file(path: Path) -> Any:
         else:
             problem = f"is damaged, or is no checkpoint of tensors: {type(error).__name__} while reading it"
         raise ValueError(f"checkpoint {path} {problem}") from None
+
+
+def _check_unpacked(path: Path) -> None:
+    """Refuse an archive whose parts are packed so that they take far more memory than the file: torch packs nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            declared = sum(part.file_size for part in archive.infolist())
+    except (
+        OSError,
+        ValueError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+    ):  # of another kind, or damaged: for the reader
+        return
+    there = path.stat().st_size
+    if declared > limits.HARMLESS and declared > 4 * there:
+        raise ValueError(f"checkpoint {path} declares {limits.size(declared)}, and has {limits.size(there)}")
 
 
 def build_unet(state_dict: Mapping[str, torch.Tensor], **arguments: Any) -> UNet:

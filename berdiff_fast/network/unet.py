@@ -182,6 +182,8 @@ class UNet(nn.Module):
         patch_size: p > 1 makes p x p pixels of every channel into p^2 channels on the way in and back on the way out
             (sub-pixel shuffle, arXiv 1609.05158; DiT's word for it), which costs p^2 times less. Not in the published
             model, where it is 1.
+        num_classes: the network is also told a class from 0 to num_classes - 1, whose embedding is added to the
+            timestep's; 0: it is told none, as the published model.
 
     Attributes:
         config: these arguments as a dict that survives JSON; ``UNet(**network.config)`` has the same shape.
@@ -211,6 +213,7 @@ class UNet(nn.Module):
         use_scale_shift_norm: bool = False,
         norm_groups: int = 32,
         patch_size: int = 1,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = dict(
@@ -230,7 +233,10 @@ class UNet(nn.Module):
             norm_groups=norm_groups,
             patch_size=patch_size,
         )
+        if num_classes != 0:  # only where it is used: configs of other networks stay as they were
+            self.config["num_classes"] = num_classes
         _check_config(self.config)
+        self.num_classes = num_classes
         self.mask_channels = in_channels
         self.img_channels = img_channels
         self.model_channels = model_channels
@@ -283,19 +289,25 @@ class UNet(nn.Module):
         # The published code has model_channels here, and so requires channel_mult[0] = 1; this does not.
         last = _conv(dims, channels, in_channels * pixels)
         self.out = nn.Sequential(Float32GroupNorm(channels, norm_groups), nn.SiLU(), _zeroed(last))
+        if num_classes:  # last, so that it changes no other layer's random start
+            self.label_emb = nn.Embedding(num_classes, embedding)
+            nn.init.normal_(self.label_emb.weight, std=0.02)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, to which inputs are cast."""
         return next(self.parameters()).dtype
 
-    def forward(self, y_t: torch.Tensor, timesteps: torch.Tensor, img: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, y_t: torch.Tensor, timesteps: torch.Tensor, img: torch.Tensor, classes: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Logits of what the network predicts about each pixel.
 
         Args:
             y_t: (N, K, *spatial) noisy masks, bool or 0/1 of any dtype.
             timesteps: (N,) int or float.
             img: (N, C, *spatial) images in a floating dtype, scaled as in training.
+            classes: (N,) int64, of a network with ``num_classes``.
 
         Returns:
             (N, K, *spatial) logits in the network's dtype (under autocast, in autocast's).
@@ -304,8 +316,10 @@ class UNet(nn.Module):
             TypeError: if ``img`` is not floating point.
             ValueError: if a shape does not fit.
         """
-        self._check_inputs(y_t, timesteps, img)
+        self._check_inputs(y_t, timesteps, img, classes)
         embedding = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
+        if classes is not None:
+            embedding = embedding + self.label_emb(classes)
         h = torch.cat([y_t.to(self.dtype), img.to(self.dtype)], dim=1)
         if self.patch_size > 1:
             h = F.pixel_unshuffle(h, self.patch_size)
@@ -319,7 +333,9 @@ class UNet(nn.Module):
         logits = self.out(h)
         return F.pixel_shuffle(logits, self.patch_size) if self.patch_size > 1 else logits
 
-    def _check_inputs(self, y_t: torch.Tensor, timesteps: torch.Tensor, img: torch.Tensor) -> None:
+    def _check_inputs(
+        self, y_t: torch.Tensor, timesteps: torch.Tensor, img: torch.Tensor, classes: torch.Tensor | None
+    ) -> None:
         layout = "D, H, W" if self.spatial_dims == 3 else "H, W"
         for name, tensor, channels in (("y_t", y_t, self.mask_channels), ("img", img, self.img_channels)):
             if tensor.ndim != self.spatial_dims + 2 or tensor.shape[1] != channels:
@@ -336,16 +352,23 @@ class UNet(nn.Module):
             raise ValueError(
                 f"timesteps must have shape ({y_t.shape[0]},), one for each mask of y_t, got {tuple(timesteps.shape)}"
             )
+        if (classes is None) == bool(self.num_classes):
+            raise ValueError(
+                f"classes must be given exactly to a network with num_classes, which is {self.num_classes}, got "
+                f"{'none' if classes is None else tuple(classes.shape)}"
+            )
+        if classes is not None and classes.shape != y_t.shape[:1]:
+            raise ValueError(
+                f"classes must have shape ({y_t.shape[0]},), one for each mask of y_t, got {tuple(classes.shape)}"
+            )
         check_size(y_t.shape[2:], self.downsampling)
 
 
-def check_size(size: Sequence[int], downsampling: int) -> None:
+def check_size(size: Sequence[int], downsampling: int, name: str = "y_t and img") -> None:
     """Raise ValueError for masks and images (..., H, W) that cannot be halved at every level."""
     height, width = size[-2:]
     if height % downsampling or width % downsampling:
-        raise ValueError(
-            f"y_t and img must have a height and width divisible by {downsampling}, got {height} x {width}"
-        )
+        raise ValueError(f"{name} must have a height and width divisible by {downsampling}, got {height} x {width}")
 
 
 def _as_list(values: Any) -> Any:
@@ -355,6 +378,17 @@ def _as_list(values: Any) -> Any:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+#: Far beyond what is of use, and well below what takes minutes only to describe: a file may ask for anything.
+_MOST_LEVELS = 16
+_MOST = {
+    "in_channels": 2**12,
+    "img_channels": 2**12,
+    "model_channels": 2**18,
+    "num_res_blocks": 64,
+    "patch_size": 2**8,
+}
 
 
 def _check_config(config: dict[str, Any]) -> None:
@@ -368,11 +402,21 @@ def _check_config(config: dict[str, Any]) -> None:
         "patch_size",
     ):
         if not _is_count(config[name]):
-            raise ValueError(f"{name} must be a positive int, got {config[name]!r}")
+            raise ValueError(f"{name} must be a positive int, got {config[name]!r:.80}")
+    if not _is_count(config.get("num_classes", 1)):
+        raise ValueError(f"num_classes must be a positive int, or 0 for none, got {config['num_classes']!r:.80}")
     for name in ("channel_mult", "attention_resolutions"):
         values = config[name]
         if not isinstance(values, list) or not all(_is_count(value) for value in values):
-            raise ValueError(f"{name} must be a list or tuple of positive ints, got {values!r}")
+            raise ValueError(f"{name} must be a list or tuple of positive ints, got {values!r:.200}")
+        if len(values) > _MOST_LEVELS:
+            raise ValueError(f"{name} must have at most {_MOST_LEVELS} entries, got {len(values)}")
+    for name, most in _MOST.items():
+        if config[name] > most:
+            raise ValueError(f"{name} must be at most {most}, got {config[name]!r:.80}")
+    if max(config["channel_mult"], default=1) * config["model_channels"] > _MOST["model_channels"]:
+        widest = max(config["channel_mult"]) * config["model_channels"]
+        raise ValueError(f"channel_mult must keep levels to {_MOST['model_channels']} channels, got {widest:.80g}")
     for name in ("conv_resample", "use_scale_shift_norm"):
         if not isinstance(config[name], bool):
             raise ValueError(f"{name} must be True or False, got {config[name]!r}")

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a training run: one safetensors file each, written beside its place and renamed."""
+"""Checkpoints of a training run: one safetensors file each, with a checksum, written beside its place and renamed."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,21 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from berdiff_fast.files import write_bytes
+from berdiff_fast import digests
+from berdiff_fast.files import own_folder, write_bytes
 from berdiff_fast.training.config import TrainConfig
+from berdiff_fast.words import line
 
 logger = logging.getLogger("berdiff_fast")
 
 FORMAT = 1
 _KEY = "berdiff_fast_training"
+_PRIORS = ("prior", "prior_ema", "prior_best")
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 #: Fields that a run may change when it goes on: they touch nothing that is learnt but its rounding, and its length.
 _FREE = {"output", "train_data", "val_data", "in_memory", "workers", "device", "compile", "channels_last", "steps"}
-_FREE |= {"log_every", "checkpoint_every", "keep", "tensorboard"}
+_FREE |= {"log_every", "checkpoint_every", "keep", "tensorboard", "quiet", "data_on_device", "accumulation"}
 _FREE |= {f"validation_{k}" for k in ("slices", "samples", "steps", "method")} | {"validate_every", "spacing"}
 
 
@@ -51,25 +54,30 @@ def save(
     ema: nn.Module,
     optimizer: torch.optim.Optimizer,
     extra: dict[str, Any],
+    prior: tuple[nn.Module, ...] = (),
 ) -> Path:
     """Write the state after ``step`` optimiser steps and delete all but the newest ``config.keep`` checkpoints.
+
+    Args:
+        prior: the mode prior, its average and the best one so far, of a model that has one.
 
     Raises:
         OSError: it cannot be written; earlier checkpoints are as they were.
     """
     tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    for prefix, module in zip(_PRIORS, prior, strict=False):
+        tensors |= {f"{prefix}.{k}": v for k, v in module.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
     header = {"format": FORMAT, "step": step, "config": config.to_dict(), "extra": extra}
     # A copy of each: safetensors refuses tensors that share memory.
-    data = safetensors.torch.save(
-        {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, metadata={_KEY: json.dumps(header)}
-    )
-    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    data = safetensors.torch.save(tensors, metadata={_KEY: digests.seal(header, tensors)})
+    own_folder(folder)
     path = folder / f"step-{step:08d}.safetensors"
     try:
-        write_bytes(path, data)
+        write_bytes(path, data, follow=False)
     except OSError as error:
         raise OSError(f"checkpoint {path} cannot be written ({error}); those before it are as they were") from error
     # Those of later steps could not be read, or this one would not have been made; they must not crowd it out.
@@ -81,21 +89,76 @@ def save(
 
 def newest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that can be read, if there is one; those that cannot are named in warnings."""
+    return next(_readable(folder), None)
+
+
+def resume(
+    folder: Path,
+    config: TrainConfig,
+    network: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    prior: tuple[nn.Module, ...] = (),
+) -> Checkpoint | None:
+    """Put the newest checkpoint that is whole into a run of the same config; those that are not are named in warnings.
+
+    Returns:
+        That checkpoint; None if there is none that can be read.
+
+    Raises:
+        ValueError: the config differs where it matters, or no checkpoint that can be read fits the network.
+    """
+    misfit: MisfitError | None = None
+    for checkpoint in _readable(folder):
+        try:
+            restore(checkpoint, config, network, ema, optimizer, prior)
+            return checkpoint
+        except MisfitError as error:
+            misfit = misfit or error
+            logger.warning("%s, trying the checkpoint before it", error)
+    if misfit is not None:
+        raise misfit
+    return None
+
+
+class MisfitError(ValueError):
+    """A checkpoint of the same config whose tensors are not those of the run."""
+
+
+def _readable(folder: Path) -> Iterator[Checkpoint]:
+    """Checkpoints that can be read, newest first; those that cannot are named in warnings."""
     for path in _files(folder):
         try:
-            return _read(path)
-        except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
-            logger.warning("%s cannot be read (truncated or damaged?), trying the one before it: %s", path, error)
-    return None
+            checkpoint = _read(path)
+        except Exception as error:  # what is damaged may be anything
+            words = line(error)
+            logger.warning("%s cannot be read (truncated or damaged?), trying the one before it: %s", path, words)
+            continue
+        yield checkpoint
 
 
 def _read(path: Path) -> Checkpoint:
     with safetensors.safe_open(path, framework="pt") as file:
-        header = json.loads((file.metadata() or {})[_KEY])
+        text = (file.metadata() or {})[_KEY]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header = digests.parsed(text)
+    digests.check(text, tensors)
+    if unknown := header.keys() - {"format", "step", "config", "extra"}:
+        raise ValueError(f"its header has the unknown key {min(unknown)!r}")
     if header["format"] != FORMAT:
         raise ValueError(f"checkpoint format {header['format']!r} is unknown; this version reads {FORMAT}")
-    return Checkpoint(path, header["step"], header["config"], tensors, header["extra"])
+    for key, kind in (("step", int), ("config", dict), ("extra", dict)):
+        if type(header[key]) is not kind:
+            raise ValueError(f"its {key} must be {kind.__name__}, got {header[key]!r:.80}")
+    if path.name != f"step-{header['step']:08d}.safetensors":
+        raise ValueError(f"its header says step {header['step']}")
+    extra = header["extra"]
+    numbers = [extra.get(key, 0) for key in ("best_ged", "best_step")]
+    if not all(type(number) in (int, float) for number in numbers) or not isinstance(extra.get("scaler", {}), dict):
+        raise ValueError(f"its extra is of another kind: {extra!r:.80}")
+    if type(header["config"].get("steps")) is not int or type(header["config"].get("crop_steps", 0)) is not int:
+        raise ValueError("its config says no steps")
+    return Checkpoint(path, header["step"], header["config"], tensors, extra)
 
 
 def restore(
@@ -104,18 +167,19 @@ def restore(
     network: nn.Module,
     ema: nn.Module,
     optimizer: torch.optim.Optimizer,
+    prior: tuple[nn.Module, ...] = (),
 ) -> None:
     """Put a checkpoint's state into a run of the same config.
 
     Raises:
-        ValueError: the config differs where it matters, or the weights do not fit.
+        ValueError: the config differs where it matters, or (``MisfitError``) the tensors do not fit.
     """
     mine = config.to_dict()
     changed = [k for k, v in mine.items() if k not in _FREE and checkpoint.config.get(k, v) != v]
     if "crop_steps" in changed and checkpoint.step <= min(checkpoint.config["crop_steps"], config.crop_steps):
         changed.remove("crop_steps")  # it concerns steps to come
     if changed:
-        listed = "; ".join(f"{k} was {checkpoint.config[k]!r} and is {mine[k]!r}" for k in changed)
+        listed = "; ".join(f"{k} was {checkpoint.config[k]!r:.200} and is {mine[k]!r}" for k in changed)
         raise ValueError(
             f"{checkpoint.path} belongs to another config ({listed}); give another output, or the former values "
             "to resume"
@@ -133,19 +197,30 @@ def restore(
     try:
         network.load_state_dict(part("network."))
         ema.load_state_dict(part("ema."))
+        for prefix, module in zip(_PRIORS, prior, strict=False):
+            module.load_state_dict(part(f"{prefix}."))
     except RuntimeError as error:
-        raise ValueError(f"{checkpoint.path} is of another architecture: {' '.join(str(error).split())}") from None
+        raise MisfitError(f"{checkpoint.path} is of another architecture: {' '.join(str(error).split())}") from None
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in part("optimizer.").items():
         index, _, key = name.partition(".")
+        fits = index.isdecimal() and int(index) < len(parameters)
+        if not fits or tensor.shape not in ((), parameters[int(index)].shape):
+            raise MisfitError(f"{checkpoint.path} has a state of another optimizer: {name} {tuple(tensor.shape)}")
+        if tensor.shape == (parameter := parameters[int(index)]).shape:
+            # In the parameter's order in memory, channels last perhaps: AdamW's fused kernel goes by addresses alone.
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(int(index), {})[key] = tensor
+    if len({frozenset(of) for of in state.values()}) > 1 or len(state) not in (0, len(parameters)):
+        raise MisfitError(f"{checkpoint.path} lacks a part of the optimizer's state")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def remove_unfinished(folder: Path) -> None:
     """Delete what a killed process left of a checkpoint that it was writing."""
     for path in folder.glob(".step-*"):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from berdiff_fast import checks
+from berdiff_fast import checks, words
 from berdiff_fast.data.examples import Augmentation
 from berdiff_fast.model import BerDiff, Preprocessing
+from berdiff_fast.network.prior import EDGES, ModePrior
 from berdiff_fast.network.unet import UNet
+from berdiff_fast.network.window import Window
 from berdiff_fast.schedule import METHODS, SPACINGS, NoiseSchedule
 
 _BUNDLED = Path(__file__).parent / "configs"
@@ -42,8 +44,8 @@ class TrainConfig:
     val_data: str = _option("", "HDF5 file to validate on; none: no validation")
     output: str = _option("", "folder of the run; running again with the same one resumes")
     in_memory: bool = _option(True, "read the data files at once")
-    workers: int = _option(0, "processes that prepare batches; 0: the training process itself")
-
+    data_on_device: str = _option("auto", "keep the slices where the model trains: auto (if they fit), true or false")
+    workers: int = _option(0, "processes that prepare batches of other slices; 0: the training process itself")
     initial_weights: str = _option(
         "", "model to start from, of the same architecture: a file, directory or bundled name"
     )
@@ -58,6 +60,32 @@ class TrainConfig:
     use_scale_shift_norm: bool = _option(False, "the timestep scales and shifts instead of being added")
     norm_groups: int = _option(32, "groups of GroupNorm; fewer in a narrow network")
     patch_size: int = _option(1, "p x p pixels become channels on the way in: p^2 times cheaper")
+
+    # Where to look
+    output_crop: int = _option(0, "masks are denoised in the middle square of this many pixels; 0: everywhere")
+    context: bool = _option(False, "with output_crop: show the surroundings too, at half the resolution")
+    distance: bool = _option(False, "show each pixel's distance from the middle")
+
+    # Mode prior: whether there is anything, and how large (docs/math.md)
+    mode_prior: bool = _option(False, "predict the size class of the masks, and tell the network the class")
+    mode_edges: list[int] = _option(list(EDGES), "areas in pixels between the classes; class 0 is the empty mask")
+    prior_channels: list[int] = _option([32, 64, 96, 128], "widths of the prior's levels, multiples of 8")
+    prior_crop: int = _option(0, "side of the middle square that the prior sees in full; 0: all of the image")
+    prior_context: bool = _option(False, "with prior_crop: it sees the surroundings too, at half the resolution")
+    prior_members: int = _option(1, "networks that are trained side by side and averaged")
+    prior_dropout: float = _option(0.1, "dropout probability of the prior")
+    prior_shift: int = _option(0, "in training, its middle square is up to so many pixels off")
+    prior_jitter: float = _option(0.1, "in training, it sees intensities scaled and moved by up to this fraction")
+    prior_weight: float = _option(
+        0.01, "weight of its cross-entropy (nats) beside the denoiser's loss (bits per pixel)"
+    )
+    prior_learning_rate: float = _option(1e-3, "its peak rate of AdamW")
+    prior_weight_decay: float = _option(0.05, "its weight decay")
+    prior_ema_decay: float = _option(0.998, "of its averaged weights")
+    prior_keep_best: bool = _option(
+        True, "the saved prior is that of the validation with the least cross-entropy; else the last one"
+    )
+    prior_steps: int = _option(0, "steps after which it is left as it is, since it overfits sooner; 0: all steps")
 
     # Diffusion
     schedule: str = _option("cosine2", "noise schedule: linear, cosine, cosine2")
@@ -91,7 +119,7 @@ class TrainConfig:
     decay: str = _option("cosine", "the rate after warm-up: cosine (to 0) or constant")
     clip: float = _option(1.0, "largest norm of the gradient; 0: no clipping")
     ema_decay: float = _option(0.999, "of the averaged weights, which are the ones that are saved")
-    precision: str = _option("fp32", "fp32, bf16 or fp16 (automatic mixed precision)")
+    precision: str = _option("fp32", "fp32, tf32, or bf16 or fp16 (automatic mixed precision)")
     channels_last: bool = _option(False, "channels last in memory")
     compile: bool = _option(False, "torch.compile the network")
     device: str = _option("auto", "auto (a GPU if there is one) or cpu")
@@ -110,24 +138,29 @@ class TrainConfig:
     checkpoint_every: int = _option(500, "steps between checkpoints")
     keep: int = _option(2, "checkpoints to keep, the newest ones")
     tensorboard: bool = _option(True, "write TensorBoard files, where it is installed")
+    quiet: bool = _option(False, "no progress bar, no words but errors and warnings")
 
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))
+        if isinstance(self.data_on_device, bool):  # as YAML reads true and false
+            self.data_on_device = str(self.data_on_device).lower()
         for f in dataclasses.fields(self):
             setattr(self, f.name, _coerce(f.name, getattr(self, f.name), kinds[f.name]))
         least = {
             **dict.fromkeys(("steps", "batch_size", "accumulation", "log_every", "validate_every", "keep"), 1),
             **dict.fromkeys(("validation_slices", "validation_samples", "validation_steps", "checkpoint_every"), 1),
-            **dict.fromkeys(("workers", "warmup", "seed", "crop", "crop_steps"), 0),
+            **dict.fromkeys(("workers", "warmup", "seed", "crop", "crop_steps", "prior_steps"), 0),
         }
         for name, minimum in least.items():
             checks.integer(name, getattr(self, name), minimum)
-        for name in ("learning_rate", "weight_decay", "clip", "kl_weight", "bce_weight", "rotate", "scale"):
+        finite = ["learning_rate", "weight_decay", "clip", "kl_weight", "bce_weight", "rotate", "scale"]
+        for name in (*finite, "prior_weight", "prior_learning_rate", "prior_weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
         choices = {
             "decay": ("cosine", "constant"),
-            "precision": ("fp32", "bf16", "fp16"),
+            "precision": ("fp32", "tf32", "bf16", "fp16"),
+            "data_on_device": ("auto", "true", "false"),
             "device": ("auto", "cpu"),
             "validation_method": METHODS,
             "spacing": SPACINGS,
@@ -135,7 +168,7 @@ class TrainConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
-        for name in ("ema_decay", "beta2", "dropout"):
+        for name in ("ema_decay", "beta2", "dropout", "prior_ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.kl_weight == self.bce_weight == 0:
@@ -149,6 +182,11 @@ class TrainConfig:
         factor = self.patch_size * 2 ** (len(self.channel_mult) - 1)
         if self.crop % factor:
             raise ValueError(f"crop must be a multiple of {factor}, which the network halves down to, got {self.crop}")
+        if self.output_crop and self.crop:
+            raise ValueError(
+                f"crop must be 0 with output_crop, which trains on the window already and shows what is around it; got "
+                f"{self.crop}"
+            )
         if self.crop_steps and not self.crop:
             raise ValueError(f"crop_steps needs crop, which is 0; got {self.crop_steps}")
         # What the parts themselves check: names and numbers of the schedule, the network and the window.
@@ -165,10 +203,11 @@ class TrainConfig:
         """The untrained model; with ``meta``, without memory for its weights."""
         import torch
 
+        view = Window(self.output_crop, self.context, self.distance)
         with torch.device("meta" if meta else "cpu"):
             network = UNet(
                 in_channels=mask_channels,
-                img_channels=img_channels,
+                img_channels=view.channels(img_channels),
                 model_channels=self.model_channels,
                 channel_mult=self.channel_mult,
                 num_res_blocks=self.num_res_blocks,
@@ -178,11 +217,37 @@ class TrainConfig:
                 use_scale_shift_norm=self.use_scale_shift_norm,
                 norm_groups=self.norm_groups,
                 patch_size=self.patch_size,
+                num_classes=len(self.mode_edges) + 2 if self.mode_prior else 0,
             )
+            prior = self._build_prior(img_channels) if self.mode_prior else None
         window = (self.window[0], self.window[1]) if self.window else None
         preprocessing = Preprocessing("window" if window else "min-max", window, size=size)
         return BerDiff(
-            network, self.build_schedule(), self.prediction, preprocessing=preprocessing, spacing=self.spacing
+            network,
+            self.build_schedule(),
+            self.prediction,
+            preprocessing=preprocessing,
+            spacing=self.spacing,
+            output_crop=self.output_crop,
+            context=self.context,
+            distance=self.distance,
+            mode_prior=prior,
+        )
+
+    def _build_prior(self, img_channels: int) -> ModePrior:
+        # What the images are mirrored and turned by in training is what may be averaged over.
+        symmetries = (8 if self.rotate90 else 4) if self.flip else 1
+        return ModePrior(
+            img_channels,
+            self.mode_edges,
+            channels=self.prior_channels,
+            crop=self.prior_crop,
+            context=self.prior_context,
+            dropout=self.prior_dropout,
+            members=self.prior_members,
+            symmetries=symmetries,
+            shift=self.prior_shift,
+            jitter=self.prior_jitter,
         )
 
     def augmentation(self) -> Augmentation:
@@ -190,13 +255,25 @@ class TrainConfig:
         return Augmentation(self.flip, self.rotate90, self.rotate, self.scale)
 
     def learning_rate_at(self, step: int) -> float:
-        """The rate of step 0, 1, ...: linear warm-up, then constant or a quarter cosine to 0."""
+        """The rate of step 0, 1, ...: linear warm-up, then constant or half a cosine to 0."""
+        return self._rate_at(step, self.learning_rate, self.steps)
+
+    def prior_rate_at(self, step: int) -> float:
+        """The mode prior's: the same, over its own steps."""
+        return self._rate_at(step, self.prior_learning_rate, self.prior_last)
+
+    @property
+    def prior_last(self) -> int:
+        """After how many steps the mode prior is left as it is."""
+        return min(self.prior_steps or self.steps, self.steps)
+
+    def _rate_at(self, step: int, peak: float, steps: int) -> float:
         if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
+            return peak * (step + 1) / self.warmup
         if self.decay == "constant":
-            return self.learning_rate
-        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+            return peak
+        done = (step - self.warmup) / max(steps - self.warmup, 1)
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields; ``from_dict`` of it is an equal run."""
@@ -229,7 +306,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: neither a file nor a bundled name.
-        ValueError: not a YAML mapping.
+        ValueError: not a YAML mapping, or one that says more than a config can.
     """
     import yaml
 
@@ -240,15 +317,35 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
                 f"config: no file {str(path)!r}, and no bundled config of that name (there are {bundled_configs()})"
             )
         file = _BUNDLED / f"{path}.yaml"
+    if file.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{file} must have at most {_MOST_BYTES} bytes, got {file.stat().st_size}")
     try:
-        values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        said = _count(values, {})
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{file} is not YAML: {words.line(error)}") from error
+    if said > _MOST_VALUES:
+        raise ValueError(f"{file} must say at most {_MOST_VALUES} values, got {said:.3g} (aliases of aliases?)")
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold keys and values, got a {type(values).__name__}")
     return values
+
+
+#: Of a YAML file, and of what it says once each alias is written out: far more than a config has.
+_MOST_BYTES, _MOST_VALUES = 2**20, 10_000
+
+
+def _count(value: Any, known: dict[int, float]) -> float:
+    """How many values are in one, each alias counted as often as it stands there; without end if it holds itself."""
+    if not isinstance(value, (list, tuple, set, dict)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf  # until it is counted
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
+    return known[id(value)]
 
 
 def bundled_configs() -> list[str]:
@@ -288,9 +385,9 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
             try:
                 value = float(value)
             except ValueError:
-                raise TypeError(f"{name} must be a number, got {value!r}") from None
+                raise TypeError(f"{name} must be a number, got {value!r:.200}") from None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+            raise TypeError(f"{name} must be a number, got {value!r:.200}")
         return float(value)
     if kind is int:
         return checks.integer(name, value)
@@ -299,5 +396,5 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
             raise TypeError(f"{name} must be {'true or false' if kind is bool else 'a string'}, got {value!r}")
         return value
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"{name} must be a list, got {value!r}")
+        raise TypeError(f"{name} must be a list, got {value!r:.200}")
     return [_coerce(name, v, kind.__args__[0]) for v in value]

@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 import berdiff_fast
 from berdiff_fast import checks, metrics, rng
 from berdiff_fast.data.hdf5 import RaterDataset
-from berdiff_fast.files import write_bytes, write_text
+from berdiff_fast.files import remove_link, write_bytes, write_text
 from berdiff_fast.model import BerDiff
-from berdiff_fast.network.unet import UNet, check_size
+from berdiff_fast.network.unet import check_size
 from berdiff_fast.sampler import Sampler, sample
+from berdiff_fast.training import findings
 
 #: What is told of every slice; see ``metrics``.
 NUMBERS = ("ged", "hm_iou", "soft_dice", "dice_majority", "iou_majority", "sample_diversity", "ece")
@@ -30,7 +31,7 @@ NUMBERS = ("ged", "hm_iou", "soft_dice", "dice_majority", "iou_majority", "sampl
 YARDSTICKS = ("perfect", "majority", "empty")
 TABLES = ("csv", "parquet")
 
-_BOOTSTRAPS = 1000
+_interval = findings.interval
 
 
 def choose(length: int, count: int | None, seed: int) -> list[int]:
@@ -128,7 +129,8 @@ def evaluate(
     """Sample slices, compare with their raters, and write what came out.
 
     The folder ``output`` gets ``slices.csv`` (or .parquet; a row for each slice), ``summary.json``, ``cases.png``
-    (best, median and worst slice, where matplotlib is there) and with ``save_masks`` ``masks.h5``. Under ``accelerate
+    (best, median and worst slice) and ``existence.png`` (whether P(empty) is calibrated), where matplotlib is there,
+    and with ``save_masks`` ``masks.h5``. Under ``accelerate
     launch`` the slices are shared out among the processes; masks and numbers are the same as of one process.
 
     Args:
@@ -145,7 +147,8 @@ def evaluate(
         **options: of ``sample``: steps, method, spacing, ...
 
     Returns:
-        The summary: means over slices of the model and the yardsticks, with 95 % intervals by bootstrap over patients.
+        The summary: means over slices of the model and the yardsticks, GED taken apart, the floor, and 95 % intervals
+        by bootstrap over patients, or over slices where the file names no patients (see docs/metrics.md).
 
     Raises:
         ValueError, TypeError: naming the argument, before any work.
@@ -170,8 +173,8 @@ def evaluate(
     chosen = choose(len(slices), count, seed)
     # All that can be refused is refused before the folder is made.
     Sampler(model, n, **options)
-    if isinstance(model.network, UNet):
-        check_size(slices.image_size, model.network.downsampling)
+    check_size(slices.image_size, model.size_multiple)
+    model.output_window.check(f"images of {slices.path}", slices.image_size)
     slices.batch(chosen[:1])
     output.mkdir(parents=True, exist_ok=True)
 
@@ -195,6 +198,10 @@ def evaluate(
             predictors = {"model": samples}
             predictors |= {y: yardstick(y, raters, n, [rng.splitmix64(seed, i) for i in indices]) for y in YARDSTICKS}
             measured = {p: measure(raters, m, counts) for p, m in predictors.items()}
+            for p, m in predictors.items():
+                for column, values in findings.take_apart(raters, m).items():
+                    for row, value in zip(measured[p], values.tolist(), strict=True):
+                        row[column] = value
             for k, index in enumerate(indices):
                 rows.append({**slices.describe(index), **{p: numbers[k] for p, numbers in measured.items()}})
                 kept.append((index, np.packbits(samples[k].numpy(), axis=-1)))
@@ -209,70 +216,65 @@ def evaluate(
         return {}
     predictors_seen = ("model", *YARDSTICKS)
     pooled = {p: np.sum([b[p] for b in all_bins if p in b], axis=0) for p in predictors_seen}
-    groups = np.array([row.get("patient_id", row["index"]) for row in rows])
+    indices = [row["index"] for row in rows]
+    groups = findings.groups(slices, indices)
+    distinct = len(np.unique(groups))
     summary: dict[str, Any] = {
         "weights": {"name": name, "sha256": _fingerprint(model)},
-        "data": {"file": slices.path.name, "slices": len(rows), "of": len(slices), "patients": len(np.unique(groups))},
+        "data": {
+            "file": slices.path.name,
+            "slices": len(rows),
+            "of": len(slices),
+            "patients": distinct if slices.names_patients else None,
+            "raters": slices.raters,
+        },
         "sampling": {"n": n, "seed": seed, "batch": batch, **options},
         "versions": {
             "berdiff_fast": berdiff_fast.__version__,
             "torch": torch.__version__,
             "draw_contract": rng.DRAW_CONTRACT,
         },
-        "indices": [row["index"] for row in rows],
+        "bootstrap": {"over": "patients" if slices.names_patients else "slices", "groups": distinct},
+        "indices": indices,
     }
     for p in predictors_seen:
-        numbers = [row[p] for row in rows]
-        summary[p] = summarize(numbers)
+        summary[p] = findings.summarize([row[p] for row in rows], groups, slices.raters, n)
         summary[p]["ece_pooled"] = float(metrics.calibration_error(torch.from_numpy(pooled[p])))
-        summary[p]["interval_95"] = {k: _interval([r[k] for r in numbers], groups) for k in NUMBERS[:3]}
+    # Of the raters and n alone, so every predictor has the same.
+    summary["floor"] = {
+        "ged": summary["model"]["ged_floor"],
+        "interval_95": summary["model"]["interval_95"]["ged_floor"],
+    }
     _write_table(output, table, rows)
     if save_masks:
         _write_masks(output / "masks.h5", kept, slices)
-    write_text(output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text(output / "summary.json", json.dumps(summary, indent=1) + "\n", follow=False)
     _draw_cases(output / "cases.png", slices, rows, dict(kept))
+    findings.draw_existence(output, [row["model"] for row in rows], n)
     return summary
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """The table that people read."""
-    heads = ("GED", "HM-IoU", "soft Dice", "Dice", "IoU", "diversity")
-    data = summary["data"]
-    lines = [
-        f"{data['slices']} of {data['of']} slices of {data['patients']} patients, n = {summary['sampling']['n']}",
-        f"{'':24s}" + "".join(f"{h:>11s}" for h in heads),
-    ]
-    for p, title in (("model", "model"), *((y, f"yardstick: {y}") for y in YARDSTICKS)):
-        lines.append(f"{title:24s}" + "".join(f"{summary[p][k]:11.3f}" for k in NUMBERS[:6]))
-    low, high = summary["model"]["interval_95"]["ged"]
-    lines.append(f"GED of the model: 95 % interval {low:.3f} to {high:.3f} (bootstrap over patients)")
-    fewer = {k.rpartition("_")[2]: v for k, v in summary["model"].items() if "_of_" in k}
-    if fewer:
-        lines.append("GED with fewer samples: " + ", ".join(f"{v:.3f} with {c}" for c, v in fewer.items()))
-    return "\n".join(lines)
+    """The tables that people read."""
+    return findings.as_text(summary, NUMBERS[:6], YARDSTICKS)
 
 
 def _fingerprint(model: BerDiff) -> str:
     digest = hashlib.sha256()
-    for key, tensor in sorted(model.network.state_dict().items()):
+    for key, tensor in sorted(model.weights().items()):
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _interval(values: Sequence[float], groups: np.ndarray) -> tuple[float, float]:
-    """Percentiles of the mean when patients, not slices, are drawn anew: slices of one nodule resemble each other."""
-    _, patient = np.unique(groups, return_inverse=True)
-    total, size = np.bincount(patient, values), np.bincount(patient)
-    picks = np.random.default_rng(0).integers(len(total), size=(_BOOTSTRAPS, len(total)))
-    low, high = np.percentile(total[picks].sum(1) / size[picks].sum(1), [2.5, 97.5])
-    return float(low), float(high)
-
-
 def _write_table(output: Path, table: str, rows: Sequence[dict[str, Any]]) -> None:
     flat = [
         {k: v for k, v in row.items() if not isinstance(v, dict)}
-        | {f"{p}_{k}" if p != "model" else k: v for p in ("model", *YARDSTICKS) for k, v in row[p].items()}
+        | {
+            f"{p}_{k}" if p != "model" else k: findings.known(v)
+            for p in ("model", *YARDSTICKS)
+            for k, v in row[p].items()
+        }
         for row in rows
     ]
     if table == "parquet":
@@ -281,13 +283,13 @@ def _write_table(output: Path, table: str, rows: Sequence[dict[str, Any]]) -> No
 
         data = io.BytesIO()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(flat), data)
-        write_bytes(output / "slices.parquet", data.getvalue())
+        write_bytes(output / "slices.parquet", data.getvalue(), follow=False)
         return
     text = io.StringIO()
     writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in flat)
-    write_text(output / "slices.csv", text.getvalue())
+    write_text(output / "slices.csv", text.getvalue(), follow=False)
 
 
 def _write_masks(path: Path, kept: Sequence[tuple[int, np.ndarray]], slices: RaterDataset) -> None:
@@ -298,7 +300,7 @@ def _write_masks(path: Path, kept: Sequence[tuple[int, np.ndarray]], slices: Rat
     with h5py.File(data, "w") as file:
         file.create_dataset("mask", data=masks, compression="gzip", chunks=(1, *masks.shape[1:]))
         file["index"] = np.array([index for index, _ in kept])
-    write_bytes(path, data.getvalue())
+    write_bytes(path, data.getvalue(), follow=False)
 
 
 def _draw_cases(path: Path, slices: RaterDataset, rows: Sequence[dict[str, Any]], kept: dict[int, np.ndarray]) -> None:
@@ -315,6 +317,7 @@ def _draw_cases(path: Path, slices: RaterDataset, rows: Sequence[dict[str, Any]]
     packed = np.stack([kept[row["index"]] for row in cases.values()])
     samples = torch.from_numpy(np.unpackbits(packed, axis=-1, count=width).astype(bool))
     labels = [f"{case}: slice {row['index']}, GED {row['model']['ged']:.3f}" for case, row in cases.items()]
+    remove_link(path)
     figures.contact_sheet(
         path, images[:, 0].float(), samples[:, :, 0], raters=raters[:, :, 0], labels=labels, title="Best, median, worst"
     )

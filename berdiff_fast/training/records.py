@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from berdiff_fast.files import write_text
+from berdiff_fast.files import append_text, own_folder, remove_link, write_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,12 +36,12 @@ class Records:
             return
         kept = []
         if self._log.is_file():
-            for line in self._log.read_text().splitlines():
+            for line in self._log.read_text(errors="replace").splitlines():
                 try:
                     kept += [line] if json.loads(line)["step"] <= first else []
-                except (ValueError, KeyError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     break  # the line that a killed process was writing
-        write_text(self._log, "".join(line + "\n" for line in kept))
+        write_text(self._log, "".join(line + "\n" for line in kept), follow=False)
         if config.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -49,7 +49,9 @@ class Records:
                 pass
             else:
                 self._board = SummaryWriter(output / "tensorboard", purge_step=first + 1)
-        self._bar = tqdm(total=config.steps, initial=first, unit="step", desc="training", dynamic_ncols=True)
+        self._bar = tqdm(
+            total=config.steps, initial=first, unit="step", desc="training", dynamic_ncols=True, disable=config.quiet
+        )
 
     def __enter__(self) -> Records:
         return self
@@ -62,13 +64,16 @@ class Records:
 
     def say(self, text: str) -> None:
         """A line for the user."""
-        if self.enabled:
+        if self.enabled and not self.config.quiet:
             tqdm.write(text, file=sys.stderr)
 
     def step(
         self, step: int, loss: torch.Tensor, norm: torch.Tensor, learning_rate: float, accelerator: Accelerator
     ) -> None:
-        """Note one step; the loss stays on its device until a line is due.
+        """Note one step; the losses stay on their device until a line is due.
+
+        Args:
+            loss: of the denoiser, or (2,) with the mode prior's.
 
         Raises:
             FloatingPointError: the loss of some step since the last line is not finite.
@@ -79,12 +84,13 @@ class Records:
             self._bar.update()
         if step % self.config.log_every and step != self.config.steps:
             return
-        mean = float(accelerator.reduce(self._sum, "mean")) / self._count
+        mean, *of_prior = (accelerator.reduce(self._sum, "mean").reshape(-1) / self._count).tolist()
         now = time.monotonic()
         speed = self._count * self.config.batch_size / (now - self._since)
-        if not mean < float("inf"):
+        if not all(x < float("inf") for x in (mean, *of_prior)):
+            shown = ", ".join(map(str, (mean, *of_prior)))
             raise FloatingPointError(
-                f"the loss is {mean} after step {step}; the newest checkpoint is from before "
+                f"the loss is {shown} after step {step}; the newest checkpoint is from before "
                 "(a lower learning_rate, or bf16 instead of fp16, may help)"
             )
         self._write(
@@ -94,6 +100,7 @@ class Records:
                 "gradient_norm": float(norm),
                 "learning_rate": learning_rate,
                 "images_per_second": speed,
+                **({"prior_loss": of_prior[0]} if of_prior else {}),
             },
         )
         if self.enabled:
@@ -116,10 +123,10 @@ class Records:
         except ImportError:
             return
         images, raters, samples = (x[:4] for x in preview)
-        folder = self.output / "previews"
-        folder.mkdir(exist_ok=True)
+        path = own_folder(self.output / "previews") / f"step-{step:08d}.png"
+        remove_link(path)
         figures.contact_sheet(
-            folder / f"step-{step:08d}.png",
+            path,
             images[:, 0].float(),
             samples[:, :, 0],
             raters=raters[:, :, 0],
@@ -129,8 +136,7 @@ class Records:
     def _write(self, step: int, numbers: dict[str, float]) -> None:
         if not self.enabled:
             return
-        with self._log.open("a") as file:
-            file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in numbers.items()}}) + "\n")
+        append_text(self._log, json.dumps({"step": step, **{k: round(v, 6) for k, v in numbers.items()}}) + "\n")
         if self._board is not None:
             for name, value in numbers.items():
                 self._board.add_scalar(name.replace("validation_", "validation/"), value, step)

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole batches of training examples at once, on the device that trains, equal to ``TrainingExamples``' items.
+
+Mirroring, quarter turns and cutting are one table of pixel numbers, so that an image's pixels are fetched once, where
+they end up. On a CPU every batch has the bits of its items; on a GPU rotation and zoom (``grid_sample``) may round in
+another way, and all else is equal too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from berdiff_fast.data.examples import Augmentation, TrainingExamples
+from berdiff_fast.data.hdf5 import RaterDataset
+from berdiff_fast.data.streams import Streams
+from berdiff_fast.model import Preprocessing
+from berdiff_fast.network.prior import size_class
+from berdiff_fast.network.window import middle
+
+#: Positions whose random numbers are drawn together: a stream of a thousand costs a hundredth of one alone.
+_TOGETHER = 4096
+
+
+@dataclass
+class Slices:
+    """Images (N, C, H, W), masks (N, R, K, H, W) bool, and the images' minima and maxima, (N, 1, 1, 1) both."""
+
+    images: torch.Tensor
+    masks: torch.Tensor
+    limits: tuple[torch.Tensor, torch.Tensor] | None
+
+    @classmethod
+    def of(cls, images: np.ndarray, masks: np.ndarray, preprocessing: Preprocessing, device: torch.device) -> Slices:
+        """On a device; on the CPU they share the arrays' memory."""
+        if images.dtype in (np.uint16, np.uint32, np.uint64):  # which torch can hardly do anything with
+            images = images.astype(np.float32)
+        x = torch.from_numpy(images).to(device)
+        limits = None
+        if preprocessing.window is None:
+            # In pieces, since each is widened.
+            low, high = zip(*(preprocessing.limits(part) for part in x.split(256)), strict=True)
+            limits = torch.cat(low), torch.cat(high)
+        return cls(x, torch.from_numpy(masks).to(device), limits)
+
+
+@dataclass
+class _Numbers:
+    """What is random about examples, (B,) each: int64 on the device; ``theta`` (B, 2, 3) float32, or None."""
+
+    index: torch.Tensor
+    rater: torch.Tensor
+    t: torch.Tensor
+    noise_seed: torch.Tensor
+    symmetry: torch.Tensor
+    theta: torch.Tensor | None
+
+    def __getitem__(self, part: slice) -> _Numbers:
+        theta = None if self.theta is None else self.theta[part]
+        return _Numbers(
+            self.index[part], self.rater[part], self.t[part], self.noise_seed[part], self.symmetry[part], theta
+        )
+
+
+class Batches(Dataset):
+    """Batches of a sequence of examples.
+
+    Args:
+        examples: what an example is.
+        device: of the batches.
+        resident: keep all slices on the device; else the slices of a batch are read for it.
+    """
+
+    def __init__(self, examples: TrainingExamples, device: torch.device | str = "cpu", *, resident: bool) -> None:
+        self.examples, self.device = examples, torch.device(device)
+        self._maps: dict[int, torch.Tensor] = {}
+        self._resident: Slices | None = None
+        self._marked: np.ndarray | None = None
+        if resident:
+            images, masks = examples.slices.whole()
+            self._resident = Slices.of(images, masks, examples.preprocessing, self.device)
+            if examples.mode_edges is not None:
+                self._marked = np.concatenate([self._who_marked(masks[i : i + 256]) for i in range(0, len(masks), 256)])
+
+    def __call__(self, positions: range | list[int] | np.ndarray) -> dict[str, torch.Tensor]:
+        """img (B, C, H, W) and y_0 (B, K, H, W) float32, t and noise_seed (B,) int64: the examples, stacked.
+
+        With ``mode_edges`` also mode (B,) int64 and mode_target (B, classes) float32.
+
+        Raises:
+            ValueError: some of the positions are cropped and others are not.
+        """
+        positions = np.asarray(positions, np.int64)
+        if self._resident is not None:
+            return self._make(positions, self._numbers(positions, self._marked), self._resident)
+        slices, marked = self.examples.slices, None
+        index = self.examples.slice_indices(positions)
+        if self.examples.mode_edges is not None:  # which asks for all raters
+            images, masks = slices.rows(index)
+            marked = self._who_marked(masks)
+            numbers = self._numbers(positions, marked, np.arange(len(positions)))
+        else:
+            numbers = self._numbers(positions)
+            images, masks = slices.rows(index, numbers.rater.numpy())
+            numbers.rater = torch.zeros_like(numbers.rater)
+        numbers.index = torch.arange(len(positions))
+        return self._make(positions, numbers, Slices.of(images, masks, self.examples.preprocessing, self.device))
+
+    # DataLoader asks for a whole batch where it finds this.
+    __getitems__ = __call__
+
+    def stream(self, batches: Iterable[range]) -> Iterator[dict[str, torch.Tensor]]:
+        """One batch after another, of resident slices, whose random numbers are drawn for many batches at once."""
+        waiting: list[np.ndarray] = []
+        for positions in batches:
+            waiting.append(np.asarray(positions, np.int64))
+            if sum(map(len, waiting)) >= _TOGETHER:
+                yield from self._several(waiting)
+                waiting = []
+        yield from self._several(waiting)
+
+    def _several(self, batches: list[np.ndarray]) -> Iterator[dict[str, torch.Tensor]]:
+        if not batches or self._resident is None:
+            return
+        numbers, start = self._numbers(np.concatenate(batches), self._marked), 0
+        for positions in batches:
+            yield self._make(positions, numbers[start : start + len(positions)], self._resident)
+            start += len(positions)
+
+    def _numbers(
+        self, positions: np.ndarray, marked: np.ndarray | None = None, rows: np.ndarray | None = None
+    ) -> _Numbers:
+        """Of positions, and who marked something in slices (N, R), where that matters; ``rows`` of it, if not those of
+        the file."""
+        examples = self.examples
+        index = examples.slice_indices(positions)
+        # In the order of TrainingExamples.__getitem__ and Augmentation.__call__.
+        random = Streams([examples.seed, 1], positions)
+        if marked is None:
+            rater = random.integers(examples.slices.raters)
+        else:
+            marked = marked[index if rows is None else rows]
+            number = random.integers(marked.sum(1))
+            # Those who marked something first, each group in its order.
+            rater = np.argsort(~marked, axis=1, kind="stable")[np.arange(len(marked)), number]
+        noise_seed = random.bits63()
+        mirror = [random.random() < 0.5 for _ in range(2)]
+        turns = random.integers(4)
+        angle, zoom = (random.uniform(-1, 1) for _ in range(2))
+        options = examples.augmentation
+        symmetry = options.flip * (mirror[0] + 2 * mirror[1]) + options.rotate90 * 4 * turns
+        numbers = np.stack([index, rater, examples.timestep(positions), noise_seed, symmetry.astype(np.int64)])
+        theta = None
+        if options.rotate or options.scale:
+            height, width = examples.slices.image_size
+            # By Python's own functions: NumPy's, many at once, may differ in the last bit.
+            pairs = zip((angle * options.rotate).tolist(), zoom.tolist(), strict=True)
+            each = [options.theta(a, (1 + options.scale) ** z, height, width) for a, z in pairs]
+            theta = self._on_device(np.array(each, np.float32))
+        i, r, t, n, s = self._on_device(numbers).unbind()
+        return _Numbers(i, r, t, n, s, theta)
+
+    def _who_marked(self, masks: np.ndarray) -> np.ndarray:
+        """Raters (B, R) of whom one is drawn: those who marked something where it counts, or all if none did."""
+        counted = self._counted(torch.from_numpy(masks)).flatten(2).any(2).numpy()
+        return counted | ~counted.any(1, keepdims=True)
+
+    def _counted(self, masks: torch.Tensor) -> torch.Tensor:
+        return middle(masks, self.examples.mode_window) if self.examples.mode_window else masks
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        # From pinned memory the host need not wait for the copy.
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def _make(self, positions: np.ndarray, numbers: _Numbers, slices: Slices) -> dict[str, torch.Tensor]:
+        examples = self.examples
+        crops = {examples.crop_at(int(p)) for p in (positions.min(), positions.max())}
+        if len(crops) > 1:
+            raise ValueError(f"positions must be before crop_before, {examples.crop_before}, or from it on, got both")
+        crop, index, size = crops.pop(), numbers.index, examples.slices.image_size
+        shape = (crop, crop) if crop else size
+        pixels = self._map(crop).index_select(0, numbers.symmetry)
+        limits = slices.limits and (slices.limits[0].index_select(0, index), slices.limits[1].index_select(0, index))
+        raters, mask_channels = slices.masks.shape[1:3]
+        grid = None
+        if numbers.theta is None:
+            img = examples.preprocessing(_gather(slices.images, index, pixels, shape), limits)
+        else:
+            # Normalised coordinates of where each pixel comes from.
+            grid = F.affine_grid(numbers.theta, [len(index), 1, *size], align_corners=False).flatten(1, 2)
+            grid = grid.gather(1, pixels[..., None].expand(-1, -1, 2)).unflatten(1, shape)
+            whole = examples.preprocessing(slices.images.index_select(0, index), limits)
+            img = Augmentation.sample_image(whole, grid)
+
+        def masks(
+            source: torch.Tensor, rows: torch.Tensor, pixels: torch.Tensor, shape: tuple[int, int]
+        ) -> torch.Tensor:
+            if grid is None:
+                return _gather(source, rows, pixels, shape)
+            return Augmentation.sample_mask(source.index_select(0, rows).float(), grid)
+
+        batch = {"img": img, "t": numbers.t, "noise_seed": numbers.noise_seed}
+        batch["y_0"] = masks(slices.masks.flatten(0, 1), index * raters + numbers.rater, pixels, shape).float()
+        if examples.mode_edges is not None:
+            if grid is None and examples.mode_window:  # no more than what counts
+                pixels = middle(pixels.unflatten(1, shape), examples.mode_window).flatten(1)
+                shape = (examples.mode_window, examples.mode_window)
+            seen = masks(slices.masks.flatten(1, 2), index, pixels, shape).unflatten(1, (raters, mask_channels))
+            classes = size_class(self._counted(seen), examples.mode_edges)
+            batch["mode"] = classes.gather(1, numbers.rater[:, None])[:, 0]
+            which = torch.arange(len(examples.mode_edges) + 2, device=classes.device)
+            batch["mode_target"] = (classes[..., None] == which).float().mean(1)
+        return batch
+
+    def _map(self, crop: int) -> torch.Tensor:
+        """Of which pixel each pixel of the result is a copy: (symmetries, pixels) int64."""
+        if crop not in self._maps:
+            height, width = self.examples.slices.image_size
+            grid = np.arange(height * width).reshape(height, width)
+            maps = []
+            for symmetry in range(16 if self.examples.augmentation.rotate90 else 4):
+                turned = grid[:: -1 if symmetry & 1 else 1, :: -1 if symmetry & 2 else 1]
+                turned = np.rot90(turned, symmetry >> 2)
+                if crop:
+                    y, x = ((size - crop) // 2 for size in turned.shape)
+                    turned = turned[y : y + crop, x : x + crop]
+                maps.append(turned.ravel())
+            self._maps[crop] = torch.from_numpy(np.stack(maps)).to(self.device)
+        return self._maps[crop]
+
+
+def _gather(source: torch.Tensor, rows: torch.Tensor, pixels: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """(B, C, *shape): of each row of (N, C, H, W) the pixels (B, h * w), given by their numbers."""
+    channels, count = source.shape[1], source[0, 0].numel()
+    planes = rows[:, None] * channels + torch.arange(channels, device=rows.device)
+    index = planes[:, :, None] * count + pixels[:, None, :]
+    return source.reshape(-1).index_select(0, index.reshape(-1)).view(len(rows), channels, *shape)
+
+
+def fits(slices: RaterDataset, device: torch.device) -> bool:
+    """Whether all slices may stay on a device: a quarter of a GPU's free memory at the most; on the CPU, those that
+    are in memory anyway."""
+    if not slices.in_memory:
+        return False
+    if device.type != "cuda":
+        return device.type == "cpu"
+    needed = sum(array.nbytes for array in slices.whole())
+    return 4 * needed <= torch.cuda.mem_get_info(device)[0]

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scans in HDF5 files: the data set ``image``, where it lies in the file itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+
+from berdiff_fast.io import contained, limits
+from berdiff_fast.io.volume import Format, Volume
+
+
+def _read(path: Path, series: str | None) -> Volume:
+    with h5py.File(path, "r") as file:
+        found = contained.dataset(file, "image")
+        if found is None:
+            if "image" in file.keys():  # noqa: SIM118 - `in file` would follow a link
+                raise ValueError("cannot be read: 'image' is no data set")
+            raise ValueError(f"must have a dataset 'image', got {sorted(file)}")
+        limits.check_voxels(found.shape, found.dtype.itemsize)
+        array = contained.whole(found)
+    return Volume(array[None] if array.ndim == 2 else array, format="hdf5", path=path, placed=False)
+
+
+FORMAT = Format("hdf5", (".h5", ".hdf5"), _read)
