@@ -446,7 +446,7 @@ def load(name_or_path: str | os.PathLike[str]) -> BerDiff:
         of_network = {k: w for k, w in weights.items() if not k.startswith(_PRIOR)}
         _check_network(config.get("network"), of_network)
         _check_prior(config.get("mode_prior"), of_prior)
-        model = BerDiff.from_config(config)
+        model = BerDiff.from_config(config).float()  # whatever torch's default dtype is
         if unknown := config.keys() - model.to_config().keys():
             raise ValueError(f"its description has the unknown key {min(unknown)!r:.80}")
         digests.check(metadata["berdiff_fast"], weights)  # last: what can be said more plainly has been

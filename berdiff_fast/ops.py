@@ -188,22 +188,24 @@ def sample_step(
         FloatingPointError: a logit is NaN and no ``nan_flag`` was given.
         ValueError, TypeError, BackendUnavailableError: naming the argument.
     """
-    flag = nan_flag
-    if flag is None:
-        flag = torch.zeros(1, dtype=torch.int32, device=getattr(y_t, "device", None))
-    call = _call("sample_step", y_t, y_t=y_t, logits=logits, seeds=seeds, coefficients=coefficients, nan_flag=flag)
+    tensors = dict(y_t=y_t, logits=logits, seeds=seeds, coefficients=coefficients)
+    flag: tuple[torch.Tensor, ...] = () if nan_flag is None else (nan_flag,)
+    if nan_flag is None:
+        call = _call("sample_step_checked", y_t, **tensors)
+    else:
+        call = _call("sample_step", y_t, **tensors, nan_flag=nan_flag)
     if samples_per_image is None:
         samples_per_image = _samples_per_image(y_t, seeds, first_row)
     if not type(timestep) is type(samples_per_image) is type(first_row) is type(first_sample) is int:
         _check_ints(
             timestep=timestep, samples_per_image=samples_per_image, first_row=first_row, first_sample=first_sample
         )
-    out = call(
+    return call(
         y_t,
         logits,
         seeds,
         coefficients,
-        flag,
+        *flag,
         timestep,
         samples_per_image,
         first_row,
@@ -213,9 +215,6 @@ def sample_step(
         y_t.dtype if dtype is None else dtype,
         backend,
     )
-    if nan_flag is None and flag.item():
-        raise FloatingPointError(f"logits contain NaN (timestep {timestep})")
-    return out
 
 
 def posterior(
@@ -739,6 +738,23 @@ def _sample_step(*arguments):
     return out
 
 
+def _sample_step_checked(y_t, logits, seeds, coefficients, *rest):
+    """With a flag of its own, which it reads: inside the op, so that compilers and exporters need not look into it."""
+    flag = _own_flag(y_t)
+    out = _sample_step(y_t, logits, seeds, coefficients, flag, *rest)
+    if flag.item():
+        raise FloatingPointError(f"logits contain NaN (timestep {rest[0]})")
+    return out
+
+
+def _sample_step_checked_output(y_t, logits, seeds, coefficients, *rest):
+    return _sample_step_output(y_t, logits, seeds, coefficients, _own_flag(y_t), *rest)
+
+
+def _own_flag(y_t: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=y_t.device)
+
+
 def _posterior(*arguments):
     out = _posterior_output(*arguments)
     y_t, logits, coefficients, prediction, backend = arguments
@@ -841,6 +857,13 @@ _register(
     "ScalarType dtype, str backend) -> Tensor",
     _sample_step,
     _sample_step_output,
+)
+_register(
+    "sample_step_checked(Tensor y_t, Tensor logits, Tensor seeds, Tensor coefficients, SymInt timestep, "
+    "SymInt samples_per_image, SymInt first_row, SymInt first_sample, str prediction, bool threshold, "
+    "ScalarType dtype, str backend) -> Tensor",
+    _sample_step_checked,
+    _sample_step_checked_output,
 )
 _register(
     "posterior(Tensor y_t, Tensor logits, Tensor coefficients, str prediction, str backend) -> Tensor",

@@ -50,6 +50,7 @@ def sample(
     prepare: bool | str = True,
     dtype: torch.dtype | None = None,
     parallel: int | None = None,
+    mask_channels: int | None = None,
     backend: str = "auto",
     progress: bool = False,
     modes: int | str | Sequence[int] | None = None,
@@ -66,6 +67,7 @@ def sample(
             ``prediction``; y_t is (N, K, *spatial) of 0.0 and 1.0 in the dtype of the model's parameters, t (N,) int64,
             img (N, C, *spatial). A module is run in eval mode and without gradients, and left as it was. K is its
             attribute ``mask_channels``, else 1; its attribute ``spatial_dims`` (2 or 3) tells volumes from batches.
+            What a module within DataParallel, AveragedModel or torch.compile says of itself counts, too.
         img: float (B, C, *spatial) or (C, *spatial), scaled as the network expects it (``model.preprocess`` does
             that from raw intensities). A tensor has to be on the model's device; an array is put there.
         n: masks per image.
@@ -94,6 +96,7 @@ def sample(
             its batch, in fewer calls of more masks each: for a GPU that a single mask does not fill, and many steps.
             At every call the host reads how many steps are settled and so waits for the device, and no CUDA graph is
             made. By default one step after another.
+        mask_channels: K, for a callable that does not say it.
         backend: of the draws: "auto", "reference", "cpp", "cuda" or "triton".
         progress: show a progress bar.
         modes: of a model with a mode prior, draw masks of these size classes only, in proportion to their probability:
@@ -126,6 +129,7 @@ def sample(
         prepare=prepare,
         dtype=dtype,
         parallel=parallel,
+        mask_channels=mask_channels,
         backend=backend,
         modes=modes,
         stratify=stratify,
@@ -170,6 +174,7 @@ class Sampler:
         prepare: bool | str = True,
         dtype: torch.dtype | None = None,
         parallel: int | None = None,
+        mask_channels: int | None = None,
         backend: str = "auto",
         modes: int | str | Sequence[int] | None = None,
         stratify: bool = True,
@@ -179,7 +184,7 @@ class Sampler:
         self.model = model
         self.n = checks.integer("n", n, 1)
         self.schedule = _schedule(model, schedule)
-        prediction = getattr(model, "prediction", None) if prediction is None else prediction
+        prediction = _carried(model, "prediction") if prediction is None else prediction
         if prediction is None:
             raise ValueError("prediction must be given ('epsilon' or 'y_0') for a model that does not carry it")
         if prediction not in ops.PREDICTIONS:
@@ -193,13 +198,18 @@ class Sampler:
             raise ValueError(f"prepare must be True, False or 'winograd', got {prepare!r}")
         if dtype is not None and dtype not in ops.LOGIT_DTYPES:
             raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
-        spacing = getattr(model, "spacing", "uniform") if spacing is None else spacing
+        spacing = (_carried(model, "spacing") or "uniform") if spacing is None else spacing
         taus = self.schedule.subsequence(steps, spacing)
         #: In the order they are visited.
         self.timesteps = taus[::-1]
         # (S, 4) in that order.
         self._table = self.schedule.step_table(taus, method, leave_one_out=leave_one_out).flip(0)
         self.final = final
+        own = _carried(model, "mask_channels")
+        channels = (1 if own is None else own) if mask_channels is None else mask_channels
+        self.mask_channels = checks.integer("mask_channels", channels, 1)
+        if own is not None and self.mask_channels != own:
+            raise ValueError(f"mask_channels must be the model's own {own}, got {mask_channels}")
         self.max_batch = None if max_batch is None else checks.integer("max_batch", max_batch, 1)
         self.parallel = None if parallel is None else checks.integer("parallel", parallel, 1)
         self.prepare, self.dtype, self.backend = prepare, dtype, backend
@@ -286,7 +296,7 @@ class _Classes:
     def of(cls, model: Any, wanted: Any, stratify: Any) -> _Classes | None:
         if not isinstance(stratify, bool):
             raise TypeError(f"stratify must be True or False, got {stratify!r}")
-        prior = getattr(model, "mode_prior", None)
+        prior = _carried(model, "mode_prior")
         if prior is not None:
             return cls(prior, mode_draws.allowed_classes(wanted, prior.classes), stratify)
         if wanted is not None:
@@ -322,7 +332,7 @@ class _Call:
 
     @property
     def mask_shape(self) -> tuple[int, ...]:
-        return (getattr(self.sampler.model, "mask_channels", 1), *self.img.shape[2:])
+        return (self.sampler.mask_channels, *self.img.shape[2:])
 
     def run(
         self, network: _Network, return_probability: bool, advance: Callable[[int], None]
@@ -643,9 +653,22 @@ def _at_each(steps: slice, images: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------- arguments
 
 
+def _carried(model: Any, name: str) -> Any:
+    """What a model says of itself, also from within a wrapper: DataParallel, AveragedModel and the like (``.module``),
+    torch.compile (``._orig_mod``). None if neither says anything."""
+    seen: list[Any] = []
+    while model is not None and all(model is not other for other in seen):
+        if (found := getattr(model, name, None)) is not None:
+            return found
+        seen.append(model)
+        inner = getattr(model, "_orig_mod", None)
+        model = getattr(model, "module", None) if inner is None else inner
+    return None
+
+
 def _schedule(model: Any, schedule: NoiseSchedule | str | None) -> NoiseSchedule:
     if schedule is None:
-        schedule = getattr(model, "schedule", None)
+        schedule = _carried(model, "schedule")
         if schedule is None:
             raise ValueError("schedule must be given for a model that does not carry one")
     if isinstance(schedule, str):
@@ -678,7 +701,7 @@ def _image(img: Any, model: Any, device: torch.device | None, dtype: torch.dtype
             f"img must be floating point, scaled as the network expects it, got {img.dtype}; raw intensities go "
             "through model.preprocess first"
         )
-    dims = getattr(model, "spatial_dims", None) or (3 if img.ndim == 5 else 2)
+    dims = _carried(model, "spatial_dims") or (3 if img.ndim == 5 else 2)
     if img.ndim == dims + 1:
         img = img[None]
     if img.ndim != dims + 2:
@@ -688,7 +711,7 @@ def _image(img: Any, model: Any, device: torch.device | None, dtype: torch.dtype
         )
     if 0 in img.shape:
         raise ValueError(f"img must not be empty, got shape {tuple(img.shape)}")
-    channels = getattr(model, "img_channels", None)
+    channels = _carried(model, "img_channels")
     if channels is not None and img.shape[1] != channels:
         raise ValueError(f"img must have {channels} channels for this model, got shape {tuple(img.shape)}")
     if device is not None and img.device != device:

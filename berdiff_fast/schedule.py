@@ -169,7 +169,8 @@ class NoiseSchedule:
                 spaced to sqrt(0.8 T) (the published "ddimqua"). "trailing": evenly spaced, ending at T - 1 (Lin et al.,
                 arXiv 2305.08891), so that sampling starts where y_t is noise. "trailing-quadratic": T (1 - (i / S)^2)
                 - 1 for i = 0, 1, ... S - 1, and at least one apart: also from T - 1, but closer together the more noise
-                there is, where the pixels have to settle on one mask (docs/training.md).
+                there is, where the pixels have to settle on one mask (docs/training.md). A single step is at T - 1
+                with each of them.
 
         Returns:
             ``steps`` distinct ints, ascending.
@@ -187,6 +188,8 @@ class NoiseSchedule:
         steps = checks.integer("steps", steps, 1)
         if steps > T:
             raise ValueError(f"steps must be at most the schedule's {T} timesteps, got {steps}")
+        if steps == 1:  # the one at which y_t is noise, as it is where sampling starts
+            return [T - 1]
         if spacing == "uniform":
             for stride in range(1, T):
                 taken = range(0, T, stride)

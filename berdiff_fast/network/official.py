@@ -220,7 +220,7 @@ def _check_unpacked(path: Path) -> None:
 
 
 def build_unet(state_dict: Mapping[str, torch.Tensor], **arguments: Any) -> UNet:
-    """A :class:`UNet` with the weights of ``state_dict``, on the CPU in the default dtype.
+    """A :class:`UNet` with the weights of ``state_dict``, in float32 on the CPU.
 
     Args:
         state_dict: every parameter by its published name, of any dtype; copied.
@@ -233,7 +233,7 @@ def build_unet(state_dict: Mapping[str, torch.Tensor], **arguments: Any) -> UNet
     with torch.device("meta"):  # neither memory nor random numbers before the weights are known to fit
         network = UNet(**arguments)
     _check_fit(state_dict, network.state_dict())
-    network.to_empty(device="cpu").load_state_dict(state_dict)
+    network.float().to_empty(device="cpu").load_state_dict(state_dict)
     return network
 
 
