@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import h5py
-
-from berdiff_fast.io import contained, limits
+from berdiff_fast.io import limits
 from berdiff_fast.io.volume import Format, Volume
 
 
 def _read(path: Path, series: str | None) -> Volume:
+    # Here, since every import of the package comes by this file.
+    import h5py
+
+    from berdiff_fast.io import contained
+
     with h5py.File(path, "r") as file:
         found = contained.dataset(file, "image")
         if found is None:
