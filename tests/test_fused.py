@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -156,6 +157,27 @@ def check_convolution(layers, case, tolerance: float, **made) -> None:
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_and_its_sums(name):
     check_convolution(TritonLayers(), CONVOLUTIONS[name], 1e-6)
+
+
+def test_a_thread_that_compiles_keeps_no_other_from_launching():
+    class Kernel:
+        def __init__(self):
+            self.launched, self.compiled = [], []
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: self.launched.append(threading.get_ident())
+
+        def warmup(self, *arguments, grid, **constants):
+            self.compiled.append(threading.get_ident())
+
+    layers, kernel = TritonLayers(), Kernel()
+    with layers.compiling():
+        layers._launch(kernel, (1,))
+        other = threading.Thread(target=lambda: layers._launch(kernel, (1,)))
+        other.start()
+        other.join()
+    layers._launch(kernel, (1,))
+    assert kernel.compiled == [threading.get_ident()] and len(kernel.launched) == 2
 
 
 @interpreted

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -518,20 +519,20 @@ class TritonLayers:
     """The layers as ``network.fused`` calls them, on a GPU or, under Triton's interpreter, on the CPU."""
 
     def __init__(self) -> None:
-        self._compile_only = False
+        self._thread = threading.local()  # another thread may launch while this one compiles
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Within this, kernels are compiled, several at a time, and none is launched."""
-        self._compile_only = True
+        """Within this, the thread's kernels are compiled, several at a time, and none is launched."""
+        self._thread.compiles = True
         try:
             with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as executor, triton.AsyncCompileMode(executor):
                 yield
         finally:
-            self._compile_only = False
+            self._thread.compiles = False
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        if self._compile_only:
+        if getattr(self._thread, "compiles", False):
             kernel.warmup(*arguments, grid=grid, **constants)
         else:
             kernel[grid](*arguments, **constants)
