@@ -40,7 +40,8 @@ import time, torch, sys
 start = time.process_time()  # not the time that other work on the machine takes
 import berdiff_fast
 seconds = time.process_time() - start
-loaded = [m for m in ("triton", "berdiff_fast._cuda", "matplotlib", "scipy", "torchmetrics", "h5py") if m in sys.modules]
+names = ("triton", "berdiff_fast._cuda", "matplotlib", "scipy", "torchmetrics", "h5py")
+loaded = [m for m in names if m in sys.modules]
 print(seconds, *loaded)
 """
     runs = [python(code).split() for _ in range(3)]
