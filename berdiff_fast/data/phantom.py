@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -191,16 +192,21 @@ def _level(probability: Tensor) -> Tensor:
     return _FAINT + (_DENSE - _FAINT) * ((probability - _LOWEST) / (_HIGHEST - _LOWEST))
 
 
+def _root(x: Tensor) -> Tensor:
+    """The square root, correctly rounded: by NumPy, since torch's may be MKL's, which is not on every processor."""
+    return torch.from_numpy(np.sqrt(x.numpy()))
+
+
 def _direction(draw: Callable[[float, float], Tensor]) -> tuple[Tensor, Tensor]:
     """A unit vector. Not quite uniform in angle, which is the price for doing without a sine."""
     x, y = draw(-1.0, 1.0) + 1e-6, draw(-1.0, 1.0)
-    length = (x * x + y * y).sqrt()
+    length = _root(x * x + y * y)
     return x / length, y / length
 
 
 def _harmonics(x: Tensor, y: Tensor, coefficients: list[tuple[Tensor, Tensor]]) -> Tensor:
     """sum_k c_k cos(k angle) + s_k sin(k angle) for k = 2, 3, ...; k = 2 makes an ellipse of a circle."""
-    length = (x * x + y * y).sqrt() + 1e-6
+    length = _root(x * x + y * y) + 1e-6
     cos_1, sin_1 = x / length, y / length
     cos_k, sin_k = cos_1, sin_1
     total = torch.zeros(())
@@ -212,7 +218,7 @@ def _harmonics(x: Tensor, y: Tensor, coefficients: list[tuple[Tensor, Tensor]]) 
 
 def _distance(x: Tensor, y: Tensor, radius: Tensor, coefficients: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Distance along the ray to a wobbling circle around (0, 0); not positive inside."""
-    return (x * x + y * y).sqrt() - radius * (1 + _harmonics(x, y, coefficients))
+    return _root(x * x + y * y) - radius * (1 + _harmonics(x, y, coefficients))
 
 
 def _blend(image: Tensor, distance: Tensor, level: Tensor | float, softness: float) -> Tensor:
@@ -227,7 +233,7 @@ def _wall(x: Tensor, y: Tensor, draw: Callable[[float, float], Tensor]) -> Tenso
     radius = draw(50.0, 90.0)
     beyond = radius - draw(25.0, 45.0)  # further than the nodule reaches
     along_x, along_y = x + to_x * beyond, y + to_y * beyond
-    return radius - (along_x * along_x + along_y * along_y).sqrt()
+    return radius - _root(along_x * along_x + along_y * along_y)
 
 
 def _lung(seeds: Tensor, x: Tensor, y: Tensor, field: int) -> Tensor:
