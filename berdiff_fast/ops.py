@@ -188,12 +188,15 @@ def sample_step(
         FloatingPointError: a logit is NaN and no ``nan_flag`` was given.
         ValueError, TypeError, BackendUnavailableError: naming the argument.
     """
-    tensors = dict(y_t=y_t, logits=logits, seeds=seeds, coefficients=coefficients)
-    flag: tuple[torch.Tensor, ...] = () if nan_flag is None else (nan_flag,)
+    flag: tuple[torch.Tensor, ...]
     if nan_flag is None:
-        call = _call("sample_step_checked", y_t, **tensors)
+        call = _call("sample_step_checked", y_t, y_t=y_t, logits=logits, seeds=seeds, coefficients=coefficients)
+        flag = ()
     else:
-        call = _call("sample_step", y_t, **tensors, nan_flag=nan_flag)
+        flag = (nan_flag,)
+        call = _call(
+            "sample_step", y_t, y_t=y_t, logits=logits, seeds=seeds, coefficients=coefficients, nan_flag=nan_flag
+        )
     if samples_per_image is None:
         samples_per_image = _samples_per_image(y_t, seeds, first_row)
     if not type(timestep) is type(samples_per_image) is type(first_row) is type(first_sample) is int:
@@ -430,9 +433,10 @@ def _check_extent(name: str, tensor: torch.Tensor) -> None:
 
 
 def _check_seeds(seeds: torch.Tensor, rows: int, samples_per_image: int, first_row: int, first_sample: int) -> None:
-    if seeds.dtype is not torch.int64 or not (seeds.ndim == 1 or (seeds.ndim == 2 and seeds.shape[1] == 2)):
+    columns = seeds.dim()
+    if seeds.dtype is not torch.int64 or not (columns == 1 or (columns == 2 and seeds.size(1) == 2)):
         raise ValueError(f"seeds must be (B,) or (B, 2) int64, got shape {tuple(seeds.shape)} of {seeds.dtype}")
-    images = seeds.shape[0]
+    images = seeds.size(0)
     if samples_per_image < 1:
         raise ValueError(f"samples_per_image must be at least 1, got {samples_per_image}")
     if first_row < 0:

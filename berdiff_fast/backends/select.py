@@ -134,7 +134,7 @@ def get(name: str, device_type: str, op: str = "") -> Any:
         ValueError: there is no backend of that name.
         BackendUnavailableError: the named backend cannot run here, or has no kernel of ``op``.
     """
-    key = (name, device_type, op) if any(op in ops for ops in LACKING.values()) else (name, device_type)
+    key = (name, device_type, op) if op else (name, device_type)
     if key not in _found:
         _found[key] = _find(name, device_type, op)
     return _found[key]
