@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +158,14 @@ def test_a_backend_without_norms_says_so(monkeypatch):
         select.get("cuda", "cuda", "group_norm_silu")
     with pytest.raises(select.BackendUnavailableError, match="no kernel of group_norm_silu"):
         ops.group_norm_silu(noise(1, 4, 2, 2), torch.ones(4), torch.ones(4), 2, backend="cuda")
+
+
+def test_auto_passes_over_a_backend_without_norms(monkeypatch):
+    monkeypatch.setattr(select, "why_not", lambda name, device_type: None)
+    monkeypatch.setattr(select, "_found", {})
+    monkeypatch.setattr(select.importlib, "import_module", lambda name: SimpleNamespace(backend=name.split(".")[-1]))
+    assert select.get("auto", "cuda", "group_norm_silu") == "triton"
+    assert select.get("auto", "cuda") == "cuda"
 
 
 # ---------------------------------------------------------------------- the network
