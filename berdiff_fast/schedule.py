@@ -26,6 +26,8 @@ LOSS_COLUMNS = (
     *("total_1", "ratio_1", "over_1", "under_1", "p_over_1", "p_under_1"),
     *("kl_weight", "bce_weight"),
 )
+#: Columns of one epsilon.
+LOSS_CASE = LOSS_COLUMNS.index("total_1")
 SPACINGS = ("uniform", "quadratic", "trailing", "trailing-quadratic")
 
 _OFFSET = 0.008

@@ -233,11 +233,11 @@ def test_empty_tensors(way):
     at = nothing.data_ptr()
     with run_grids(way):
         for rows, pixels in ((0, 7), (3, 0)):
-            module.noise(at, 0, at, 1, rows, pixels, 1, 0, 0, 0)
+            module.initial_noise(at, 0, at, 1, rows, pixels, 1, 0, 0, 0)
             module.q_sample(at, 0, at, 0, at, at, at, 1, rows, pixels, 1, 0, 0, 0)
-            module.step(at, 0, at, 0, at, 3, at, at, 0, False, False, at, 1, rows, pixels, 1, 0, 0, 0)
+            module.sample_step(at, 0, at, 0, at, 3, at, at, 0, False, False, at, 1, rows, pixels, 1, 0, 0, 0)
             module.overlap(at, at, 0, 1, at, 0, 1, rows, pixels, 0)
-            module.loss(at, at, 3, at, at, 3, at, 0, at, 0, 0, 0, at, 0, False, rows, pixels, 0)
+            module.diffusion_loss(at, at, 3, at, at, 3, at, 0, at, 0, 0, 0, at, 0, False, rows, pixels, 0)
         module.posterior(at, at, 0, at, 3, at, False, 0, 0)
     assert nothing.tolist() == [0.0]
 

@@ -26,6 +26,7 @@ from support import ENVIRONMENT
 
 from berdiff_fast.backends import select
 from berdiff_fast.backends.native import NativeBackend
+from berdiff_fast.backends.protocol import Rows
 
 ROOT = Path(__file__).parent.parent
 
@@ -150,7 +151,12 @@ def _fenced(op: str, *written: int):
         fences = {i: Fence(a, is_output=i in written) for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)}
         if op != "overlap":  # which adds to what is there
             _forget(fences[0].tensor)
-        getattr(NativeBackend, op)(self, *(fences[i].tensor if i in fences else a for i, a in enumerate(arguments)))
+        behind = [fences[i].tensor if i in fences else a for i, a in enumerate(arguments)]
+        for i, a in enumerate(arguments):
+            if isinstance(a, Rows):
+                fences[i] = Fence(a.seeds, is_output=False)
+                behind[i] = a._replace(seeds=fences[i].tensor)
+        getattr(NativeBackend, op)(self, *behind)
         for i, fence in fences.items():
             fence.close()
             if i in written:
@@ -167,9 +173,9 @@ def _forget(out: torch.Tensor) -> None:
 class FencedBackend(NativeBackend):
     """Every tensor of a call behind a fence; for each op the places of those that it writes."""
 
-    noise = _fenced("noise", 0)
+    initial_noise = _fenced("initial_noise", 0)
     q_sample = _fenced("q_sample", 0)
-    step = _fenced("step", 0, 4)
+    sample_step = _fenced("sample_step", 0, 4)
     posterior = _fenced("posterior", 0)
     overlap = _fenced("overlap", 0)
     diffusion_loss = _fenced("diffusion_loss", 0, 1)

@@ -75,7 +75,7 @@ FAULTS = {
     "keys of a round": Fault(
         "include/berdiff/philox.h", "L::high(product1), c1[i], keys.k0", "L::high(product1), c1[i], keys.k1"
     ),
-    "stream of another op": Fault("cuda/step.cu", "stream_sampling_step", "stream_training_noise"),
+    "stream of another op": Fault("cuda/draw.cu", "stream_sampling_step", "stream_training_noise"),
     # A missing grid stride.
     "stride of the chunks": Fault("cuda/chunks.cuh", "i < total; i += stride", "i < total; i += total"),
     "stride that is one too long": Fault("cuda/chunks.cuh", "(gridDim.x) * blockDim.x", "(gridDim.x) * blockDim.x + 1"),
@@ -104,12 +104,12 @@ def plant(fault: Fault, source: Path) -> None:
 def compile_again(fault: Fault, base: Path, folder: Path) -> Path:
     """The module with a fault: what it concerns compiled as CMake did, the other objects as they are.
 
-    Of a header that is steps and noise, for speed; they come first, so that the linker takes functions from them that
-    other kernels share.
+    Of a header that is the draws, for speed; they come first, so that the linker takes functions from them that other
+    kernels share.
     """
     shutil.copytree(base / "csrc", folder / "csrc")
     plant(fault, folder)
-    concerned = (Path(fault.file).name,) if fault.file.endswith(".cu") else ("noise.cu", "step.cu")
+    concerned = (Path(fault.file).name,) if fault.file.endswith(".cu") else ("draw.cu",)
     faulty, others = [], []
     for entry in json.loads((base / "build" / "compile_commands.json").read_text()):
         name, command = Path(entry["file"]).name, shlex.split(entry["command"])

@@ -142,6 +142,8 @@ def test_threads_and_batch_leave_no_trace(count):
         ({"other": noise(1, 4, 2, 3)}, ValueError, "other must have the shape of x"),
         ({"other": noise(1, 4, 2, 2).half()}, TypeError, "other must have the dtype of x"),
         ({"weight": [1.0]}, TypeError, "weight must be a torch.Tensor"),
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+        ({"other": [1.0]}, TypeError, "other must be a torch.Tensor, got list"),
     ],
     ids=str,
 )

@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 ARCHITECTURES = (80, 90, 100)
 
 #: Kernels that draw, or give what is drawn from: their bits are those of every other backend.
-SAME_BITS = {"noise_kernel", "q_sample_kernel", "step_kernel", "posterior_kernel"}
+SAME_BITS = {"initial_noise_kernel", "q_sample_kernel", "sample_step_kernel", "posterior_kernel"}
 
 
 def start(architecture: int, *options: str) -> subprocess.Popen[str]:
@@ -115,7 +115,13 @@ def test_large_and_aligned_means_loads_of_16_bytes(report):
         wide = sum(n for i, n in loads.items() if ".128" in i or ".256" in i)
         assert wide >= kernel["wide"], (told(kernel), kernel["wide"], loads)
         asked |= {kernel["kernel"]} if kernel["wide"] else set()
-    expected = {"step_kernel", "posterior_kernel", "loss_kernel", "group_norm_sums_kernel", "group_norm_apply_kernel"}
+    expected = {
+        "sample_step_kernel",
+        "posterior_kernel",
+        "diffusion_loss_kernel",
+        "group_norm_sums_kernel",
+        "group_norm_apply_kernel",
+    }
     assert asked >= expected
 
 
@@ -138,7 +144,7 @@ def test_nothing_is_fused_where_bits_are_promised(report):
 
 def test_the_loss_keeps_small_numbers(report):
     for kernel in report["kernels"]:
-        assert not (kernel["kernel"].startswith("loss") and kernel["flushes"]), told(kernel)
+        assert not (kernel["kernel"].startswith("diffusion_loss") and kernel["flushes"]), told(kernel)
 
 
 # ---------------------------------------------------------------------- the harness itself
@@ -150,7 +156,7 @@ def collected():
 
 
 def test_arguments_are_specialised_as_in_a_launch(collected):
-    found = [kernel for kernel in collected["kernels"] if kernel["kernel"] == "noise_kernel"]
+    found = [kernel for kernel in collected["kernels"] if kernel["kernel"] == "initial_noise_kernel"]
     constant = {kernel["constants"].get("samples_per_image") for kernel in found}
     assert constant == {"1", None}
     assert any("samples_per_image" in kernel["told"] for kernel in found)
@@ -162,13 +168,13 @@ def test_arguments_are_specialised_as_in_a_launch(collected):
 
 def test_what_is_not_to_be_specialised_is_not(collected):
     kept = collected["kept_as_they_are"]
-    assert set(kept["step_kernel"]) == {"timestep", "first_row", "first_sample"}
+    assert set(kept["sample_step_kernel"]) == {"timestep", "first_row", "first_sample"}
     for kernel in collected["kernels"]:
         names = set(kept.get(kernel["kernel"], ()))
         assert not names & set(kernel["constants"]) and not names & set(kernel["told"]), told(kernel)
     # The first row and sample, 0, 1 or 16, make no difference to which code runs.
     (shared,) = [k for k in collected["kernels"] if any("16, 16, 16)" in case for case in k["cases"])]
-    assert sum(case.endswith((" 0, 0)", " 1, 1)", " 16, 16)")) for case in shared["cases"]) == 3
+    assert sum(case.endswith((" 0, 0))", " 1, 1))", " 16, 16))")) for case in shared["cases"]) == 3
 
 
 def test_a_kernel_that_nothing_launches_is_found():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from berdiff_fast.backends import triton as kernels
+from berdiff_fast.backends.protocol import Rows
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -74,6 +75,8 @@ def case(
 
 
 def _told(argument: Any) -> str:
+    if isinstance(argument, Rows):
+        return f"Rows({', '.join(map(_told, argument))})"
     if not isinstance(argument, torch.Tensor):
         return repr(argument)
     odd = "" if argument.data_ptr() % 16 == 0 else " unaligned"
@@ -118,37 +121,49 @@ def draws(quick: bool) -> Iterator[Case]:
         return gpu(rows, size, dtype=dtype)
 
     for dtype, size, n in product((BF16,) if quick else (BOOL, F32, BF16, F16), pixels, SAMPLES):
-        yield case(backend.noise, mask(size, dtype), seeds, n, 0, 0)
+        yield case(backend.initial_noise, mask(size, dtype), Rows(seeds, n, 0, 0))
     # With a first sample of each image.
-    yield case(backend.noise, mask(16384, BF16), gpu(rows, 2, dtype=INT64), 16, 0, 0)
+    yield case(backend.initial_noise, mask(16384, BF16), Rows(gpu(rows, 2, dtype=INT64), 16, 0, 0))
     # Of a chunk that does not begin with the first mask: not to be specialised.
     for first_row, first_sample in ((1, 1), (16, 16)):
-        yield case(backend.noise, mask(16384, BF16), seeds, 16, first_row, first_sample)
+        yield case(backend.initial_noise, mask(16384, BF16), Rows(seeds, 16, first_row, first_sample))
 
     for dtype, size, n in product((BOOL,) if quick else (BOOL, F32, BF16, F16), pixels, (1,) if quick else SAMPLES):
         y, t = mask(size, dtype), gpu(rows, dtype=INT64)
-        yield case(backend.q_sample, y, y, t, gpu(rows, 2), seeds, n, 0, 0)
+        yield case(backend.q_sample, y, y, t, gpu(rows, 2), Rows(seeds, n, 0, 0))
 
     # What becomes of y_t, y_t, the logits: steps on the way, the last one, and with masks of any type.
     types = ((BF16, BF16, BF16), (F32, F32, F32), (F16, F16, F16), (BOOL, F32, F32), (BOOL, BF16, BF16))
     for (out, y_t, z), size, n in product(types[:1] if quick else types, pixels, SAMPLES):
-        wide = {"step_kernel": of_draws(y_t, z)} if size % 16 == 0 else {}
+        wide = {"sample_step_kernel": of_draws(y_t, z)} if size % 16 == 0 else {}
         given = mask(size, out), mask(size, y_t), mask(size, z), gpu(4)
         for predicts_y0 in (False, True) if size == 16384 or not quick else (False,):
-            yield case(backend.step, *given, flag, 500, predicts_y0, False, seeds, n, 0, 0, wide=wide)
+            yield case(backend.sample_step, *given, flag, 500, predicts_y0, False, Rows(seeds, n, 0, 0), wide=wide)
         if n == 1 and (size == 16384 or not quick):
-            yield case(backend.step, *given, flag, 0, False, True, seeds, n, 0, 0, wide=wide)
+            yield case(backend.sample_step, *given, flag, 0, False, True, Rows(seeds, n, 0, 0), wide=wide)
     y, z = mask(16384, BOOL), mask(16384, F32)
     yield case(
-        backend.step, y, y, z, gpu(4), flag, 1, False, False, seeds, 1, 2**33, 0, wide={"step_kernel": of_draws(F32)}
+        backend.sample_step,
+        y,
+        y,
+        z,
+        gpu(4),
+        flag,
+        1,
+        False,
+        False,
+        Rows(seeds, 1, 2**33, 0),
+        wide={"sample_step_kernel": of_draws(F32)},
     )
     y, z, pairs = mask(16384, BF16), mask(16384, BF16), gpu(rows, 2, dtype=INT64)
-    yield case(backend.step, y, y, z, gpu(4), flag, 1, False, False, pairs, 16, 0, 0)
+    yield case(backend.sample_step, y, y, z, gpu(4), flag, 1, False, False, Rows(pairs, 16, 0, 0))
     # A step's own flag lies where it lies; so may masks that are slices.
     y = mask(16384, BF16)
-    yield case(backend.step, y, y, y, gpu(4), gpu(1, dtype=INT32, offset=1), 1, False, False, seeds, 16, 0, 0)
+    yield case(
+        backend.sample_step, y, y, y, gpu(4), gpu(1, dtype=INT32, offset=1), 1, False, False, Rows(seeds, 16, 0, 0)
+    )
     y = gpu(rows, 16384, dtype=BF16, offset=1)
-    yield case(backend.step, y, y, y, gpu(4), flag, 1, False, False, seeds, 16, 0, 0)
+    yield case(backend.sample_step, y, y, y, gpu(4), flag, 1, False, False, Rows(seeds, 16, 0, 0))
 
     types_2 = ((BF16, BF16), (BOOL, F32), (F32, F32), (F16, F16))
     for (y_t, z), size in product(types_2[:1] if quick else types_2, pixels):
@@ -170,7 +185,9 @@ def losses(quick: bool) -> Iterator[Case]:
                 backend.diffusion_loss,
                 *(gpu(rows), gpu(rows, size, dtype=gradient), gpu(rows, size, dtype=z), *masks),
                 *(gpu(rows, 14, dtype=F64), ignore, gpu(rows, dtype=INT64) if ignores else None, predicts_y0),
-                wide={"loss_kernel": of_draws(z, y, y) if y is not BOOL else of_draws(z)} if size % 16 == 0 else {},
+                wide={"diffusion_loss_kernel": of_draws(z, y, y) if y is not BOOL else of_draws(z)}
+                if size % 16 == 0
+                else {},
             )
     if quick:
         return

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +73,39 @@ def _openmp() -> int:
 
 _cpu.set_pool(_openmp())
 
-backend = NativeBackend(_cpu, context=lambda out: torch.get_num_threads())
+
+class CppBackend(NativeBackend):
+    """The ops of both modules, and those that only this one has."""
+
+    def group_norm_silu(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        other: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        groups: int,
+        eps: float,
+        silu: bool,
+    ) -> None:
+        _cpu.group_norm_silu(
+            out.data_ptr(),
+            p if (p := x.data_ptr()) > NOWHERE else no_memory("x"),
+            x.shape[-1],
+            0 if other is None else address("other", other),
+            0 if other is None else other.shape[-1],
+            p if (p := weight.data_ptr()) > NOWHERE else no_memory("weight"),
+            p if (p := bias.data_ptr()) > NOWHERE else no_memory("bias"),
+            out.shape[0],
+            math.prod(out.shape[1:-1]),
+            groups,
+            eps,
+            silu,
+            torch.get_num_threads(),
+        )
+
+
+backend: CppBackend = CppBackend(_cpu, context=lambda out: torch.get_num_threads())
 
 
 # ---------------------------------------------------------------------- convolutions, for network/inference.py

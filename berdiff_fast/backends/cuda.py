@@ -3,42 +3,42 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 
 import berdiff_fast._cuda as _cuda
 from berdiff_fast.backends.native import NativeBackend
 
+_Op = TypeVar("_Op", bound=Callable[..., None])
+
+
+def _guarded(op: _Op) -> _Op:
+    """The op under a guard for the device of its output."""
+
+    @functools.wraps(op)
+    def call(self: CudaBackend, out: torch.Tensor, *arguments: Any) -> None:
+        with torch.cuda.device_of(out):
+            op(self, out, *arguments)
+
+    return cast(_Op, call)
+
 
 class CudaBackend(NativeBackend):
-    """Every op under a guard for the device of its output."""
+    """Every op on the device of its output, which need not be the current one."""
 
-    def noise(self, out: torch.Tensor, *arguments) -> None:
-        with torch.cuda.device_of(out):
-            super().noise(out, *arguments)
-
-    def q_sample(self, out: torch.Tensor, *arguments) -> None:
-        with torch.cuda.device_of(out):
-            super().q_sample(out, *arguments)
-
-    def step(self, out: torch.Tensor, *arguments) -> None:
-        with torch.cuda.device_of(out):
-            super().step(out, *arguments)
-
-    def posterior(self, out: torch.Tensor, *arguments) -> None:
-        with torch.cuda.device_of(out):
-            super().posterior(out, *arguments)
-
-    def overlap(self, out: torch.Tensor, *arguments) -> None:
-        with torch.cuda.device_of(out):
-            super().overlap(out, *arguments)
-
-    def diffusion_loss(self, value: torch.Tensor, *arguments) -> None:
-        with torch.cuda.device_of(value):
-            super().diffusion_loss(value, *arguments)
+    initial_noise = _guarded(NativeBackend.initial_noise)
+    q_sample = _guarded(NativeBackend.q_sample)
+    sample_step = _guarded(NativeBackend.sample_step)
+    posterior = _guarded(NativeBackend.posterior)
+    overlap = _guarded(NativeBackend.overlap)
+    diffusion_loss = _guarded(NativeBackend.diffusion_loss)
 
 
 def _current_stream(out: torch.Tensor) -> int:
     return torch.cuda.current_stream(out.device).cuda_stream
 
 
-backend = CudaBackend(_cuda, context=_current_stream)
+backend: CudaBackend = CudaBackend(_cuda, context=_current_stream)

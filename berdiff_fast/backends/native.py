@@ -9,9 +9,10 @@ from types import ModuleType
 
 import torch
 
+from berdiff_fast.backends.protocol import Rows
+
 #: Numbered as ``berdiff::Type`` in csrc/include/berdiff/arguments.h.
 TYPES = {torch.bool: 0, torch.uint8: 0, torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
-
 
 #: No system gives out addresses below: what is there is a place in a storage that has been freed.
 NOWHERE = 2**16 - 1
@@ -51,17 +52,16 @@ class NativeBackend:
         self.module = module
         self._context = context
 
-    def noise(
-        self, out: torch.Tensor, seeds: torch.Tensor, samples_per_image: int, first_row: int, first_sample: int
-    ) -> None:
-        rows = out.shape[0]
-        self.module.noise(
+    def initial_noise(self, out: torch.Tensor, rows: Rows) -> None:
+        seeds, samples_per_image, first_row, first_sample = rows
+        count = out.shape[0]
+        self.module.initial_noise(
             out.data_ptr(),
             TYPES[out.dtype],
             p if (p := seeds.data_ptr()) > NOWHERE else no_memory("seeds"),
             seeds.ndim,  # columns: a seed, or a seed and a first sample
-            rows,
-            out.numel() // rows,
+            count,
+            out.numel() // count,
             samples_per_image,
             first_row,
             first_sample,
@@ -74,12 +74,10 @@ class NativeBackend:
         y_0: torch.Tensor,
         t: torch.Tensor,
         flip: torch.Tensor,
-        seeds: torch.Tensor,
-        samples_per_image: int,
-        first_row: int,
-        first_sample: int,
+        rows: Rows,
     ) -> None:
-        rows = out.shape[0]
+        seeds, samples_per_image, first_row, first_sample = rows
+        count = out.shape[0]
         self.module.q_sample(
             out.data_ptr(),
             TYPES[out.dtype],
@@ -89,15 +87,15 @@ class NativeBackend:
             p if (p := flip.data_ptr()) > NOWHERE else no_memory("flip"),
             p if (p := seeds.data_ptr()) > NOWHERE else no_memory("seeds"),
             seeds.ndim,  # columns: a seed, or a seed and a first sample
-            rows,
-            out.numel() // rows,
+            count,
+            out.numel() // count,
             samples_per_image,
             first_row,
             first_sample,
             self._context(out),
         )
 
-    def step(
+    def sample_step(
         self,
         out: torch.Tensor,
         y_t: torch.Tensor,
@@ -107,13 +105,11 @@ class NativeBackend:
         timestep: int,
         predicts_y0: bool,
         threshold: bool,
-        seeds: torch.Tensor,
-        samples_per_image: int,
-        first_row: int,
-        first_sample: int,
+        rows: Rows,
     ) -> None:
-        rows = out.shape[0]
-        self.module.step(
+        seeds, samples_per_image, first_row, first_sample = rows
+        count = out.shape[0]
+        self.module.sample_step(
             out.data_ptr(),
             TYPES[out.dtype],
             p if (p := y_t.data_ptr()) > NOWHERE else no_memory("y_t"),
@@ -127,8 +123,8 @@ class NativeBackend:
             threshold,
             p if (p := seeds.data_ptr()) > NOWHERE else no_memory("seeds"),
             seeds.ndim,  # columns: a seed, or a seed and a first sample
-            rows,
-            out.numel() // rows,
+            count,
+            out.numel() // count,
             samples_per_image,
             first_row,
             first_sample,
@@ -177,15 +173,15 @@ class NativeBackend:
         logits: torch.Tensor,
         y_t: torch.Tensor,
         y_0: torch.Tensor,
-        rows: torch.Tensor,
+        columns: torch.Tensor,
         ignore: torch.Tensor | None,
         kept: torch.Tensor | None,
         predicts_y0: bool,
     ) -> None:
         count = value.shape[0]
         pixels = gradient.numel() // count
-        partial = rows.new_empty(count * -(-pixels // self.module.loss_tile))
-        self.module.loss(
+        partial = columns.new_empty(count * -(-pixels // self.module.loss_tile))
+        self.module.diffusion_loss(
             value.data_ptr(),
             gradient.data_ptr(),
             TYPES[gradient.dtype],
@@ -198,37 +194,10 @@ class NativeBackend:
             TYPES[y_0.dtype],
             0 if ignore is None else address("ignore", ignore),
             0 if ignore is None else TYPES[ignore.dtype],
-            p if (p := rows.data_ptr()) > NOWHERE else no_memory("rows"),
+            p if (p := columns.data_ptr()) > NOWHERE else no_memory("t"),
             0 if kept is None else kept.data_ptr(),
             predicts_y0,
             count,
             pixels,
             self._context(value),
-        )
-
-    def group_norm_silu(
-        self,
-        out: torch.Tensor,
-        x: torch.Tensor,
-        other: torch.Tensor | None,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        groups: int,
-        eps: float,
-        silu: bool,
-    ) -> None:
-        self.module.group_norm(
-            out.data_ptr(),
-            p if (p := x.data_ptr()) > NOWHERE else no_memory("x"),
-            x.shape[-1],
-            0 if other is None else address("other", other),
-            0 if other is None else other.shape[-1],
-            p if (p := weight.data_ptr()) > NOWHERE else no_memory("weight"),
-            p if (p := bias.data_ptr()) > NOWHERE else no_memory("bias"),
-            out.shape[0],
-            math.prod(out.shape[1:-1]),
-            groups,
-            eps,
-            silu,
-            self._context(out),
         )

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from berdiff_fast import rng
+from berdiff_fast.backends.protocol import Rows
+from berdiff_fast.schedule import LOSS_CASE
 
 _SIGN = -0x80000000
 
@@ -34,19 +36,18 @@ def _epsilon_logit(logits: torch.Tensor, flipped: torch.Tensor, predicts_y0: boo
     return z
 
 
-def _rows(
-    seeds: torch.Tensor, rows: int, samples_per_image: int, first_row: int, first_sample: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Seed and sample index of each row."""
-    mask = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=seeds.device)
+def _images(rows: Rows, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Seed and sample number of each of so many rows."""
+    seeds, samples_per_image, first_row, first_sample = rows
+    mask = torch.arange(first_row, first_row + count, dtype=torch.int64, device=seeds.device)
     image = torch.div(mask, samples_per_image, rounding_mode="floor")
     first = first_sample if seeds.ndim == 1 else first_sample + seeds[image, 1]
     return seeds.view(seeds.shape[0], -1)[image, 0], first + mask % samples_per_image
 
 
 @torch.no_grad()
-def noise(out: torch.Tensor, seeds: torch.Tensor, samples_per_image: int, first_row: int, first_sample: int) -> None:
-    seed, sample = _rows(seeds, out.shape[0], samples_per_image, first_row, first_sample)
+def initial_noise(out: torch.Tensor, rows: Rows) -> None:
+    seed, sample = _images(rows, out.shape[0])
     words = rng.words(seed, out[0].numel(), sample=sample, stream=rng.STREAM_INITIAL_NOISE)
     out.copy_((rng.uniform(words) < 0.5).view(out.shape))
 
@@ -57,19 +58,16 @@ def q_sample(
     y_0: torch.Tensor,
     t: torch.Tensor,
     flip: torch.Tensor,
-    seeds: torch.Tensor,
-    samples_per_image: int,
-    first_row: int,
-    first_sample: int,
+    rows: Rows,
 ) -> None:
-    seed, sample = _rows(seeds, out.shape[0], samples_per_image, first_row, first_sample)
+    seed, sample = _images(rows, out.shape[0])
     words = rng.words(seed, out[0].numel(), sample=sample, tag=t, stream=rng.STREAM_TRAINING_NOISE)
     y = y_0.flatten(1) != 0
     out.copy_((y ^ (rng.uniform(words) < torch.where(y, flip[:, 1:], flip[:, :1]))).view(out.shape))
 
 
 @torch.no_grad()
-def step(
+def sample_step(
     out: torch.Tensor,
     y_t: torch.Tensor,
     logits: torch.Tensor,
@@ -78,10 +76,7 @@ def step(
     timestep: int,
     predicts_y0: bool,
     threshold: bool,
-    seeds: torch.Tensor,
-    samples_per_image: int,
-    first_row: int,
-    first_sample: int,
+    rows: Rows,
 ) -> None:
     y = y_t.flatten(1) != 0
     z = _epsilon_logit(logits.flatten(1), y, predicts_y0)
@@ -89,7 +84,7 @@ def step(
     if threshold:
         flip = z > 0.0
     else:
-        seed, sample = _rows(seeds, out.shape[0], samples_per_image, first_row, first_sample)
+        seed, sample = _images(rows, out.shape[0])
         u = rng.uniform(rng.words(seed, out[0].numel(), sample=sample, tag=timestep, stream=rng.STREAM_SAMPLING_STEP))
         P, Q, R, S = coefficients.unbind()
         e = exp_negative(z)
@@ -125,7 +120,7 @@ def diffusion_loss(
     logits: torch.Tensor,
     y_t: torch.Tensor,
     y_0: torch.Tensor,
-    rows: torch.Tensor,
+    columns: torch.Tensor,
     ignore: torch.Tensor | None,
     kept: torch.Tensor | None,
     predicts_y0: bool,
@@ -136,7 +131,7 @@ def diffusion_loss(
     # The logit of what is so: where it is 0, the sign turns.
     sign = torch.where(clean if predicts_y0 else epsilon, 1.0, -1.0).to(dtype)
     z = logits.flatten(1).to(dtype) * sign
-    zero, one, weights = rows.to(dtype)[:, :, None].split([6, 6, 2], 1)
+    zero, one, weights = columns.to(dtype)[:, :, None].split([LOSS_CASE, LOSS_CASE, 2], 1)
     total, ratio, over, under, p_over, p_under = torch.where(epsilon[:, None], one, zero).unbind(1)
     kl_weight, bce_weight = weights.unbind(1)
 

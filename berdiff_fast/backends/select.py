@@ -7,9 +7,11 @@ import importlib
 import importlib.util
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
+
+from berdiff_fast.backends.protocol import Backend, HasGroupNorm
 
 logger = logging.getLogger("berdiff_fast")
 
@@ -120,12 +122,16 @@ def can_run(name: str, device_type: str, *, raise_error: bool = False) -> bool:
     return reason is None
 
 
+#: Backends by name and device type and, where it was named, op.
 _found: dict[tuple[str, ...], Any] = {}
 
 
+@overload
+def get(name: str, device_type: str) -> Backend: ...
+@overload
+def get(name: str, device_type: str, op: Literal["group_norm_silu"]) -> HasGroupNorm: ...
 def get(name: str, device_type: str, op: str = "") -> Any:
-    """The backend that runs ops on a device type: an object with the functions noise, q_sample, step, posterior,
-    diffusion_loss, overlap and group_norm_silu.
+    """The backend that runs ops on a device type. An op that some backends lack has to be named.
 
     "auto" takes the fastest that can run and has a kernel of ``op``, and logs the choice once. An explicit name never
     falls back.
@@ -135,9 +141,11 @@ def get(name: str, device_type: str, op: str = "") -> Any:
         BackendUnavailableError: the named backend cannot run here, or has no kernel of ``op``.
     """
     key = (name, device_type, op) if op else (name, device_type)
-    if key not in _found:
-        _found[key] = _find(name, device_type, op)
-    return _found[key]
+    try:
+        return _found[key]
+    except KeyError:
+        _found[key] = found = _find(name, device_type, op)
+        return found
 
 
 def _find(name: str, device_type: str, op: str) -> Any:
@@ -145,11 +153,12 @@ def _find(name: str, device_type: str, op: str) -> Any:
         others = [b for b in BACKENDS if op not in LACKING.get(b, ())]
         raise BackendUnavailableError(f"backend {name!r} has no kernel of {op}; 'auto' and {others} have")
     if name == "auto":
-        candidates = [b for b in _CANDIDATES.get(device_type, ("reference",)) if op not in LACKING.get(b, ())]
-        chosen = next(b for b in candidates if can_run(b, device_type))
+        candidates = _CANDIDATES.get(device_type, ("reference",))
+        reasons = {b: _why_not_for(op, b, device_type) for b in candidates}
+        chosen = next(b for b in candidates if reasons[b] is None)
         if chosen == "reference":
-            reasons = "; ".join(f"{b}: {why_not(b, device_type)}" for b in _CANDIDATES.get(device_type, ())[:-1])
-            logger.warning("backend 'auto' uses the slow 'reference' on %r (%s)", device_type, reasons)
+            told = "; ".join(f"{b}: {reason}" for b, reason in reasons.items() if reason is not None)
+            logger.warning("backend 'auto' uses the slow 'reference' on %r (%s)", device_type, told)
         else:
             logger.info("backend 'auto' uses %r on %r", chosen, device_type)
         return get(chosen, device_type)
@@ -158,7 +167,18 @@ def _find(name: str, device_type: str, op: str) -> Any:
     return module if name == "reference" else module.backend
 
 
+def _why_not_for(op: str, name: str, device_type: str) -> str | None:
+    return f"it has no kernel of {op}" if op in LACKING.get(name, ()) else why_not(name, device_type)
+
+
 def resolve(name: str, device_type: str) -> str:
     """The name of the backend that ``get`` returns."""
     backend = get(name, device_type)
     return next(b for b in BACKENDS if can_run(b, device_type) and get(b, device_type) is backend)
+
+
+if TYPE_CHECKING:  # here mypy compares every backend with what a backend is
+    from berdiff_fast.backends import cpp, cuda, reference, triton
+
+    _ALL: tuple[Backend, ...] = (reference, cpp.backend, cuda.backend, triton.backend)
+    _WITH_NORMS: tuple[HasGroupNorm, ...] = (reference, cpp.backend, triton.backend)

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from berdiff_fast.backends.protocol import Rows
+
 #: Philox blocks (of four pixels) per program. No autotuning: kernels may run inside a captured graph. The masks do not
 #: depend on it, so the interpreter, whose cost is by the program, takes larger ones.
 BLOCKS = 256
@@ -120,7 +122,7 @@ def epsilon_logit(z, y, PREDICTS_Y0: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first_row", "first_sample"])
-def noise_kernel(
+def initial_noise_kernel(
     out,
     pixels,
     chunks_per_row,
@@ -184,7 +186,7 @@ def q_sample_kernel(
 
 
 @triton.jit(do_not_specialize=["timestep", "first_row", "first_sample"])
-def step_kernel(
+def sample_step_kernel(
     out,
     pixels,
     chunks_per_row,
@@ -344,7 +346,7 @@ def loss_case(columns, epsilon, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def loss_kernel(
+def diffusion_loss_kernel(
     gradient,
     pixels,
     chunks_per_row,
@@ -410,7 +412,7 @@ def loss_kernel(
 
 
 @triton.jit
-def loss_value_kernel(value, partial, chunks_per_row, BLOCK: tl.constexpr):
+def diffusion_loss_value_kernel(value, partial, chunks_per_row, BLOCK: tl.constexpr):
     """A row's chunks in an order that depends on nothing else."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK).to(tl.int64)
@@ -570,14 +572,13 @@ def _launch(kernel, rows: int, pixels: int, out: torch.Tensor, *arguments, **con
 class TritonBackend:
     """The same ops as ``NativeBackend``."""
 
-    def noise(
-        self, out: torch.Tensor, seeds: torch.Tensor, samples_per_image: int, first_row: int, first_sample: int
-    ) -> None:
-        rows = out.shape[0]
+    def initial_noise(self, out: torch.Tensor, rows: Rows) -> None:
+        seeds, samples_per_image, first_row, first_sample = rows
+        count = out.shape[0]
         _launch(
-            noise_kernel,
-            rows,
-            out.numel() // rows,
+            initial_noise_kernel,
+            count,
+            out.numel() // count,
             out,
             seeds,
             samples_per_image,
@@ -592,16 +593,14 @@ class TritonBackend:
         y_0: torch.Tensor,
         t: torch.Tensor,
         flip: torch.Tensor,
-        seeds: torch.Tensor,
-        samples_per_image: int,
-        first_row: int,
-        first_sample: int,
+        rows: Rows,
     ) -> None:
-        rows = out.shape[0]
+        seeds, samples_per_image, first_row, first_sample = rows
+        count = out.shape[0]
         _launch(
             q_sample_kernel,
-            rows,
-            out.numel() // rows,
+            count,
+            out.numel() // count,
             out,
             _bytes(y_0),
             t,
@@ -613,7 +612,7 @@ class TritonBackend:
             SEED_COLUMNS=seeds.ndim,
         )
 
-    def step(
+    def sample_step(
         self,
         out: torch.Tensor,
         y_t: torch.Tensor,
@@ -623,16 +622,14 @@ class TritonBackend:
         timestep: int,
         predicts_y0: bool,
         threshold: bool,
-        seeds: torch.Tensor,
-        samples_per_image: int,
-        first_row: int,
-        first_sample: int,
+        rows: Rows,
     ) -> None:
-        rows = out.shape[0]
+        seeds, samples_per_image, first_row, first_sample = rows
+        count = out.shape[0]
         _launch(
-            step_kernel,
-            rows,
-            out.numel() // rows,
+            sample_step_kernel,
+            count,
+            out.numel() // count,
             out,
             _bytes(y_t),
             logits,
@@ -680,7 +677,7 @@ class TritonBackend:
         logits: torch.Tensor,
         y_t: torch.Tensor,
         y_0: torch.Tensor,
-        rows: torch.Tensor,
+        columns: torch.Tensor,
         ignore: torch.Tensor | None,
         kept: torch.Tensor | None,
         predicts_y0: bool,
@@ -690,7 +687,7 @@ class TritonBackend:
         chunks = triton.cdiv(pixels, 4 * _blocks(gradient, pixels))
         partial = value.new_empty(count * chunks)
         _launch(
-            loss_kernel,
+            diffusion_loss_kernel,
             count,
             pixels,
             gradient,
@@ -698,14 +695,14 @@ class TritonBackend:
             _bytes(y_t),
             _bytes(y_0),
             None if ignore is None else _bytes(ignore),
-            rows,
+            columns,
             kept,
             partial,
             PREDICTS_Y0=predicts_y0,
             IGNORES=ignore is not None,
         )
         with torch.cuda.device_of(value) if value.is_cuda else contextlib.nullcontext():
-            loss_value_kernel[(count,)](value, partial, chunks, BLOCK=128, num_warps=1)
+            diffusion_loss_value_kernel[(count,)](value, partial, chunks, BLOCK=128, num_warps=1)
 
     def group_norm_silu(
         self,
@@ -750,4 +747,4 @@ class TritonBackend:
             )
 
 
-backend = TritonBackend()
+backend: TritonBackend = TritonBackend()

@@ -32,7 +32,8 @@ def check_extent(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def check_seeds(seeds: torch.Tensor, rows: int, samples_per_image: int, first_row: int, first_sample: int) -> None:
+def check_rows(count: int, seeds: torch.Tensor, samples_per_image: int, first_row: int, first_sample: int) -> None:
+    """That ``count`` masks are left, and that the seeds are seeds: the numbers of ``backends.protocol.Rows``."""
     columns = seeds.dim()
     if seeds.dtype is not torch.int64 or not (columns == 1 or (columns == 2 and seeds.size(1) == 2)):
         raise ValueError(f"seeds must be (B,) or (B, 2) int64, got shape {tuple(seeds.shape)} of {seeds.dtype}")
@@ -46,10 +47,10 @@ def check_seeds(seeds: torch.Tensor, rows: int, samples_per_image: int, first_ro
             f"first_sample must be at least 0 and first_sample + samples_per_image at most 2^32, got {first_sample} "
             f"and {samples_per_image}"
         )
-    if rows > images * samples_per_image - first_row:
+    if count > images * samples_per_image - first_row:
         raise ValueError(
             f"seeds: {images} seeds with samples_per_image={samples_per_image} and first_row={first_row} leave "
-            f"{images * samples_per_image - first_row} masks, and {rows} are asked for"
+            f"{images * samples_per_image - first_row} masks, and {count} are asked for"
         )
 
 

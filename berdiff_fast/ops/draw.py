@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from berdiff_fast.backends import select
+from berdiff_fast.backends.protocol import Rows
 from berdiff_fast.ops._checks import (
     MAX_WORD,
     check_devices,
@@ -18,8 +19,8 @@ from berdiff_fast.ops._checks import (
     check_mask,
     check_memory,
     check_pixels,
+    check_rows,
     check_rule,
-    check_seeds,
     check_timesteps,
 )
 from berdiff_fast.ops._registry import entry, register
@@ -68,37 +69,27 @@ def initial_noise(
         rows = max(images * samples_per_image - first_row, 0)
         if first_row > images * samples_per_image:
             raise ValueError(f"first_row must be at most {images * samples_per_image}, got {first_row}")
-    return entry("initial_noise", seeds, seeds=seeds)(
+    return entry("initial_noise", ("seeds",), seeds)(
         seeds, list(mask_shape), rows, samples_per_image, first_row, first_sample, dtype, backend
     )
 
 
-def _initial_noise_output(
-    seeds: torch.Tensor,
-    mask_shape: Sequence[int],
-    rows: int,
-    samples_per_image: int,
-    first_row: int,
-    first_sample: int,
-    dtype: torch.dtype,
-    backend: str,
-) -> torch.Tensor:
+def _initial_noise_output(seeds, mask_shape, count, samples_per_image, first_row, first_sample, dtype, backend):
     check_dtype(dtype)
-    if rows < 0:
-        raise ValueError(f"rows must be at least 0, got {rows}")
+    if count < 0:
+        raise ValueError(f"rows must be at least 0, got {count}")
     if any(size < 0 for size in mask_shape):
         raise ValueError(f"mask_shape must not be negative, got {tuple(mask_shape)}")
-    check_seeds(seeds, rows, samples_per_image, first_row, first_sample)
+    check_rows(count, seeds, samples_per_image, first_row, first_sample)
     check_pixels(math.prod(mask_shape))
-    return torch.empty((rows, *mask_shape), dtype=dtype, device=seeds.device)
+    return torch.empty((count, *mask_shape), dtype=dtype, device=seeds.device)
 
 
-def _initial_noise(*arguments):
-    out = _initial_noise_output(*arguments)
-    seeds, _mask_shape, _rows, samples_per_image, first_row, first_sample, _dtype, backend = arguments
+def _initial_noise(seeds, mask_shape, count, samples_per_image, first_row, first_sample, dtype, backend):
+    out = _initial_noise_output(seeds, mask_shape, count, samples_per_image, first_row, first_sample, dtype, backend)
     kernels = select.get(backend, seeds.device.type)
     if out.numel():
-        kernels.noise(out, seeds.contiguous(), samples_per_image, first_row, first_sample)
+        kernels.initial_noise(out, Rows(seeds.contiguous(), samples_per_image, first_row, first_sample))
     return out
 
 
@@ -140,56 +131,37 @@ def q_sample(
         ValueError, TypeError, BackendUnavailableError: naming the argument. A timestep outside [0, T) is found before
             any work on the CPU, and by a device-side assertion on a GPU.
     """
-    call = entry("q_sample", y_0, y_0=y_0, t=t, seeds=seeds)
+    call = entry("q_sample", ("y_0", "t", "seeds"), y_0, t, seeds)
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
     check_mask("y_0", y_0)
     check_ints(samples_per_image=samples_per_image, first_row=first_row, first_sample=first_sample)
     check_timesteps(t, schedule)
-    return call(
-        y_0,
-        t,
-        schedule.flip_probability(t),
-        seeds,
-        samples_per_image,
-        first_row,
-        first_sample,
-        y_0.dtype if dtype is None else dtype,
-        backend,
-    )
+    flip, dtype = schedule.flip_probability(t), y_0.dtype if dtype is None else dtype
+    return call(y_0, t, flip, seeds, samples_per_image, first_row, first_sample, dtype, backend)
 
 
-def _q_sample_output(
-    y_0: torch.Tensor,
-    t: torch.Tensor,
-    flip: torch.Tensor,
-    seeds: torch.Tensor,
-    samples_per_image: int,
-    first_row: int,
-    first_sample: int,
-    dtype: torch.dtype,
-    backend: str,
-) -> torch.Tensor:
+def _q_sample_output(y_0, t, flip, seeds, samples_per_image, first_row, first_sample, dtype, backend):
     check_mask("y_0", y_0)
     check_dtype(dtype)
-    rows = y_0.shape[0]
-    if t.dtype is not torch.int64 or t.shape != (rows,):
-        raise ValueError(f"t must be int64 of shape ({rows},), got {t.dtype} of shape {tuple(t.shape)}")
-    if flip.dtype is not torch.float32 or flip.shape != (rows, 2):
-        raise ValueError(f"flip must be float32 of shape ({rows}, 2), got {flip.dtype} of shape {tuple(flip.shape)}")
-    check_seeds(seeds, rows, samples_per_image, first_row, first_sample)
+    count = y_0.shape[0]
+    if t.dtype is not torch.int64 or t.shape != (count,):
+        raise ValueError(f"t must be int64 of shape ({count},), got {t.dtype} of shape {tuple(t.shape)}")
+    if flip.dtype is not torch.float32 or flip.shape != (count, 2):
+        raise ValueError(f"flip must be float32 of shape ({count}, 2), got {flip.dtype} of shape {tuple(flip.shape)}")
+    check_rows(count, seeds, samples_per_image, first_row, first_sample)
     check_devices(y_0, t=t, flip=flip, seeds=seeds)
     check_pixels(math.prod(y_0.shape[1:]))
     return torch.empty_like(y_0, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _q_sample(*arguments):
-    out = _q_sample_output(*arguments)
-    y_0, t, flip, seeds, *rows, _dtype, backend = arguments
+def _q_sample(y_0, t, flip, seeds, samples_per_image, first_row, first_sample, dtype, backend):
+    out = _q_sample_output(y_0, t, flip, seeds, samples_per_image, first_row, first_sample, dtype, backend)
     check_memory("y_0", y_0)
     kernels = select.get(backend, y_0.device.type)
     if out.numel():
-        kernels.q_sample(out, y_0.contiguous(), t.contiguous(), flip.contiguous(), seeds.contiguous(), *rows)
+        rows = Rows(seeds.contiguous(), samples_per_image, first_row, first_sample)
+        kernels.q_sample(out, y_0.contiguous(), t.contiguous(), flip.contiguous(), rows)
     return out
 
 
@@ -243,15 +215,16 @@ def sample_step(
         FloatingPointError: a logit is NaN and no ``nan_flag`` was given.
         ValueError, TypeError, BackendUnavailableError: naming the argument.
     """
-    flag: tuple[torch.Tensor, ...]
-    if nan_flag is None:
-        call = entry("sample_step_checked", y_t, y_t=y_t, logits=logits, seeds=seeds, coefficients=coefficients)
-        flag = ()
-    else:
-        flag = (nan_flag,)
-        call = entry(
-            "sample_step", y_t, y_t=y_t, logits=logits, seeds=seeds, coefficients=coefficients, nan_flag=nan_flag
-        )
+    flag = () if nan_flag is None else (nan_flag,)
+    call = entry(
+        "sample_step_checked" if nan_flag is None else "sample_step",
+        ("y_t", "logits", "seeds", "coefficients", "nan_flag"),
+        y_t,
+        logits,
+        seeds,
+        coefficients,
+        *flag,
+    )
     if samples_per_image is None:
         samples_per_image = _samples_per_image(y_t, seeds, first_row)
     if not type(timestep) is type(samples_per_image) is type(first_row) is type(first_sample) is int:
@@ -286,23 +259,12 @@ def _samples_per_image(y_t: torch.Tensor, seeds: torch.Tensor, first_row: int) -
 
 
 def _sample_step_output(
-    y_t: torch.Tensor,
-    logits: torch.Tensor,
-    seeds: torch.Tensor,
-    coefficients: torch.Tensor,
-    nan_flag: torch.Tensor,
-    timestep: int,
-    samples_per_image: int,
-    first_row: int,
-    first_sample: int,
-    prediction: str,
-    threshold: bool,
-    dtype: torch.dtype,
-    backend: str,
-) -> torch.Tensor:
+    y_t, logits, seeds, coefficients, nan_flag, timestep, samples_per_image, first_row, first_sample, prediction,
+    threshold, dtype, backend,
+):  # fmt: skip
     check_rule(y_t, logits, coefficients, prediction)
     check_dtype(dtype)
-    check_seeds(seeds, y_t.size(0), samples_per_image, first_row, first_sample)
+    check_rows(y_t.size(0), seeds, samples_per_image, first_row, first_sample)
     # The kernel writes into it: a copy would lose what it says.
     if nan_flag.dtype is not torch.int32 or nan_flag.shape != (1,):
         raise ValueError(f"nan_flag must be int32 of shape (1,), got {nan_flag.dtype} of shape {tuple(nan_flag.shape)}")
@@ -315,9 +277,14 @@ def _sample_step_output(
     return torch.empty_like(y_t, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _sample_step(*arguments):
-    out = _sample_step_output(*arguments)
-    y_t, logits, seeds, coefficients, nan_flag, timestep, *rows, prediction, threshold, _dtype, backend = arguments
+def _sample_step(
+    y_t, logits, seeds, coefficients, nan_flag, timestep, samples_per_image, first_row, first_sample, prediction,
+    threshold, dtype, backend,
+):  # fmt: skip
+    out = _sample_step_output(
+        y_t, logits, seeds, coefficients, nan_flag, timestep, samples_per_image, first_row, first_sample, prediction,
+        threshold, dtype, backend,
+    )  # fmt: skip
     kernels = select.get(backend, "cpu" if y_t.is_cpu else y_t.device.type)
     if count := out.numel():
         # As check_memory does, in less time, which a small step would notice.
@@ -325,7 +292,7 @@ def _sample_step(*arguments):
             check_extent("y_t", y_t)
         if logits.untyped_storage().nbytes() < count:
             check_extent("logits", logits)
-        kernels.step(
+        kernels.sample_step(
             out,
             y_t.contiguous(),
             logits.contiguous(),
@@ -334,8 +301,7 @@ def _sample_step(*arguments):
             timestep,
             prediction == "y_0",
             threshold,
-            seeds.contiguous(),
-            *rows,
+            Rows(seeds.contiguous(), samples_per_image, first_row, first_sample),
         )
     return out
 
@@ -398,21 +364,18 @@ def posterior(
     Raises:
         ValueError, TypeError, BackendUnavailableError: naming the argument.
     """
-    return entry("posterior", y_t, y_t=y_t, logits=logits, coefficients=coefficients)(
+    return entry("posterior", ("y_t", "logits", "coefficients"), y_t, logits, coefficients)(
         y_t, logits, coefficients, prediction, backend
     )
 
 
-def _posterior_output(
-    y_t: torch.Tensor, logits: torch.Tensor, coefficients: torch.Tensor, prediction: str, backend: str
-) -> torch.Tensor:
+def _posterior_output(y_t, logits, coefficients, prediction, backend):
     check_rule(y_t, logits, coefficients, prediction)
     return torch.empty_like(y_t, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
-def _posterior(*arguments):
-    out = _posterior_output(*arguments)
-    y_t, logits, coefficients, prediction, backend = arguments
+def _posterior(y_t, logits, coefficients, prediction, backend):
+    out = _posterior_output(y_t, logits, coefficients, prediction, backend)
     check_memory("y_t", y_t)
     check_memory("logits", logits)
     kernels = select.get(backend, "cpu" if y_t.is_cpu else y_t.device.type)

@@ -43,10 +43,11 @@ def group_norm_silu(
     Raises:
         ValueError, TypeError, BackendUnavailableError: naming the argument.
     """
-    tensors = {"x": x, "weight": weight, "bias": bias} | ({} if other is None else {"other": other})
+    tensors = (x, weight, bias) if other is None else (x, weight, bias, other)
+    call = entry("group_norm_silu", ("x", "weight", "bias", "other"), *tensors)
     if backend == "auto" and x.is_cpu and x.dtype is not torch.float32:
         backend = "reference"
-    return entry("group_norm_silu", x, **tensors)(x, other, weight, bias, groups, eps, silu, backend)
+    return call(x, other, weight, bias, groups, eps, silu, backend)
 
 
 def _group_norm_silu_output(

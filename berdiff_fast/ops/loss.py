@@ -66,24 +66,24 @@ def diffusion_loss(
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise ValueError(f"{name} must be a finite number of at least 0, got {weight!r}")
     check_timesteps(t, schedule)
-    rows = schedule.loss_rows(t, kl_weight=kl_weight, bce_weight=bce_weight, leave_one_out=leave_one_out)
+    columns = schedule.loss_rows(t, kl_weight=kl_weight, bce_weight=bce_weight, leave_one_out=leave_one_out)
     if weights is not None:
         if not isinstance(weights, torch.Tensor) or weights.shape != (schedule.timesteps,):
             raise ValueError(
                 f"weights must be a tensor of shape ({schedule.timesteps},), one for each timestep, got "
                 f"{tuple(weights.shape) if isinstance(weights, torch.Tensor) else type(weights).__name__}"
             )
-        rows = torch.cat([rows[:, :-2], rows[:, -2:] * weights.detach().to(rows)[t][:, None]], dim=1)
+        columns = torch.cat([columns[:, :-2], columns[:, -2:] * weights.detach().to(columns)[t][:, None]], dim=1)
     if backend == "auto" and logits.dtype is torch.float64:
         backend = "reference"
-    return torch.ops.berdiff_fast.diffusion_loss(logits, y_t, y_0, rows, ignore, prediction, backend)[0]
+    return torch.ops.berdiff_fast.diffusion_loss(logits, y_t, y_0, columns, ignore, prediction, backend)[0]
 
 
 def _diffusion_loss_output(
     logits: torch.Tensor,
     y_t: torch.Tensor,
     y_0: torch.Tensor,
-    rows: torch.Tensor,
+    columns: torch.Tensor,
     ignore: torch.Tensor | None,
     prediction: str,
     backend: str,
@@ -101,12 +101,12 @@ def _diffusion_loss_output(
             raise ValueError(f"{name} must have the shape of y_t, {tuple(y_t.shape)}, got {tuple(tensor.shape)}")
         if tensor is not None:
             check_devices(y_t, **{name: tensor})
-    if rows.dtype is not torch.float64 or rows.shape != (y_t.shape[0], len(LOSS_COLUMNS)):
+    if columns.dtype is not torch.float64 or columns.shape != (y_t.shape[0], len(LOSS_COLUMNS)):
         raise ValueError(
             f"t must have one timestep for each of the {y_t.shape[0]} masks of y_t: rows must be float64 of shape "
-            f"({y_t.shape[0]}, {len(LOSS_COLUMNS)}), got {rows.dtype} of shape {tuple(rows.shape)}"
+            f"({y_t.shape[0]}, {len(LOSS_COLUMNS)}), got {columns.dtype} of shape {tuple(columns.shape)}"
         )
-    check_devices(y_t, t=rows)
+    check_devices(y_t, t=columns)
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction must be 'epsilon' or 'y_0', got {prediction!r}")
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -118,8 +118,8 @@ def _diffusion_loss_output(
 
 def _diffusion_loss(*arguments):
     value, gradient = _diffusion_loss_output(*arguments)
-    logits, y_t, y_0, rows, ignore, prediction, backend = arguments
-    for name, tensor in (("logits", logits), ("y_t", y_t), ("y_0", y_0), ("t", rows), ("ignore", ignore)):
+    logits, y_t, y_0, columns, ignore, prediction, backend = arguments
+    for name, tensor in (("logits", logits), ("y_t", y_t), ("y_0", y_0), ("t", columns), ("ignore", ignore)):
         check_memory(name, tensor)
     kernels = select.get(backend, y_t.device.type)
     if gradient.numel():
@@ -129,7 +129,7 @@ def _diffusion_loss(*arguments):
             logits.contiguous(),
             y_t.contiguous(),
             y_0.contiguous(),
-            rows.contiguous(),
+            columns.contiguous(),
             None if ignore is None else ignore.contiguous(),
             None if ignore is None else (ignore == 0).flatten(1).sum(1),
             prediction == "y_0",

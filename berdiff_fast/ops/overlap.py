@@ -28,8 +28,8 @@ def overlap(a: torch.Tensor, b: torch.Tensor | None = None, *, backend: str = "a
         ValueError, TypeError, BackendUnavailableError: naming the argument.
     """
     if b is None:
-        return entry("overlap", a, a=a)(a, None, backend)
-    return entry("overlap", a, a=a, b=b)(a, b, backend)
+        return entry("overlap", ("a",), a)(a, None, backend)
+    return entry("overlap", ("a", "b"), a, b)(a, b, backend)
 
 
 def _overlap_output(a: torch.Tensor, b: torch.Tensor | None, backend: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ using namespace berdiff;
 namespace {
 
 // Mean and variance of the groups, as the factors by which `group_norm_apply` normalises: C scales, then C shifts.
-void group_norm_factors(const GroupNormArguments& a, std::int64_t image, const double* sums, float* factors) {
+void group_norm_factors(const GroupNormSiluArguments& a, std::int64_t image, const double* sums, float* factors) {
     const std::int64_t channels = a.channels(), size = channels / a.groups;
     const double pixels = static_cast<double>(a.pixels);
     const auto channel_mean = [&](std::int64_t c) {
@@ -55,14 +55,14 @@ struct CpuBackend {
             [&, kernel](std::int64_t row, std::int64_t begin, std::int64_t end) { kernel(a, row, begin, end); });
     }
 
-    static void noise(const NoiseArguments& a, std::int64_t threads) {
-        run(kernels().noise, a, a.rows.rows, a.rows.pixels, threads);
+    static void initial_noise(const InitialNoiseArguments& a, std::int64_t threads) {
+        run(kernels().initial_noise, a, a.rows.rows, a.rows.pixels, threads);
     }
     static void q_sample(const QSampleArguments& a, std::int64_t threads) {
         run(kernels().q_sample, a, a.rows.rows, a.rows.pixels, threads);
     }
-    static void step(const StepArguments& a, std::int64_t threads) {
-        run(kernels().step, a, a.rows.rows, a.rows.pixels, threads);
+    static void sample_step(const SampleStepArguments& a, std::int64_t threads) {
+        run(kernels().sample_step, a, a.rows.rows, a.rows.pixels, threads);
     }
     static void posterior(const PosteriorArguments& a, std::int64_t threads) {
         run(kernels().posterior, a, 1, a.size, threads);
@@ -75,7 +75,7 @@ struct CpuBackend {
             [&, kernel](std::int64_t image, std::int64_t begin, std::int64_t end) { kernel(a, image, begin, end); },
             16 * tile);
     }
-    static void group_norm(const GroupNormArguments& a, std::int64_t threads) {
+    static void group_norm_silu(const GroupNormSiluArguments& a, std::int64_t threads) {
         // Sums are taken over spans of fixed size and added up in their order, so that a result depends neither on the
         // number of threads nor on the other images.
         constexpr std::int64_t span = 1024;
@@ -140,8 +140,8 @@ struct CpuBackend {
             },
             winograd_block, tiles_per_thread);
     }
-    static void loss(const LossArguments& a, std::int64_t threads) {
-        run(kernels().loss, a, a.rows, a.pixels, threads);
+    static void diffusion_loss(const DiffusionLossArguments& a, std::int64_t threads) {
+        run(kernels().diffusion_loss, a, a.rows, a.pixels, threads);
         const double* partial = a.partial;
         for (std::int64_t row = 0; row < a.rows; ++row, partial += a.tiles_per_row())
             a.value[row] = static_cast<float>(std::accumulate(partial, partial + a.tiles_per_row(), 0.0));
@@ -153,10 +153,10 @@ struct CpuBackend {
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of berdiff_fast; call them through berdiff_fast.ops.";
     define_ops<CpuBackend>(m);
-    m.def("group_norm", [](Pointer out, Pointer x, std::int64_t channels, Pointer other, std::int64_t other_channels,
-                           Pointer weight, Pointer bias, std::int64_t images, std::int64_t pixels, std::int64_t groups,
-                           double eps, bool silu, std::int64_t threads) {
-        GroupNormArguments a = {};
+    m.def("group_norm_silu", [](Pointer out, Pointer x, std::int64_t channels, Pointer other,
+                                std::int64_t other_channels, Pointer weight, Pointer bias, std::int64_t images,
+                                std::int64_t pixels, std::int64_t groups, double eps, bool silu, std::int64_t threads) {
+        GroupNormSiluArguments a = {};
         a.images = images;
         a.pixels = pixels;
         a.groups = groups;
@@ -168,7 +168,7 @@ PYBIND11_MODULE(_cpu, m) {
         a.silu = silu;
         a.out = reinterpret_cast<float*>(out);
         py::gil_scoped_release release;
-        CpuBackend::group_norm(a, threads);
+        CpuBackend::group_norm_silu(a, threads);
     });
     m.attr("winograd_panel") = winograd_panel;
     m.def("winograd", [](Pointer out, Pointer x, Pointer weight, Pointer bias, Pointer residual, std::int64_t images,

@@ -12,12 +12,18 @@ using namespace berdiff;
 namespace {
 
 struct CudaBackend {
-    static void noise(const NoiseArguments& a, std::int64_t stream) { cuda::noise(a, pointer(stream)); }
+    static void initial_noise(const InitialNoiseArguments& a, std::int64_t stream) {
+        cuda::initial_noise(a, pointer(stream));
+    }
     static void q_sample(const QSampleArguments& a, std::int64_t stream) { cuda::q_sample(a, pointer(stream)); }
-    static void step(const StepArguments& a, std::int64_t stream) { cuda::step(a, pointer(stream)); }
+    static void sample_step(const SampleStepArguments& a, std::int64_t stream) {
+        cuda::sample_step(a, pointer(stream));
+    }
     static void posterior(const PosteriorArguments& a, std::int64_t stream) { cuda::posterior(a, pointer(stream)); }
     static void overlap(const OverlapArguments& a, std::int64_t stream) { cuda::overlap(a, pointer(stream)); }
-    static void loss(const LossArguments& a, std::int64_t stream) { cuda::loss(a, pointer(stream)); }
+    static void diffusion_loss(const DiffusionLossArguments& a, std::int64_t stream) {
+        cuda::diffusion_loss(a, pointer(stream));
+    }
 
 private:
     static void* pointer(std::int64_t stream) { return reinterpret_cast<void*>(stream); }

@@ -14,7 +14,7 @@ namespace berdiff {
 // Adds to sums[0 .. C) what the channels differ from the image's first pixel, and to sums[C .. 2 C) the squares of it:
 // taking a value of the channel itself away keeps the variance exact where the mean is large.
 template <class L>
-void group_norm_sums(const GroupNormArguments& a, std::int64_t image, std::int64_t begin, std::int64_t end,
+void group_norm_sums(const GroupNormSiluArguments& a, std::int64_t image, std::int64_t begin, std::int64_t end,
                      double* sums) {
     constexpr std::int64_t pixels = 32, channels = 64;  // summed in float32, on the stack
     double* const squares = sums + a.channels();
@@ -46,7 +46,7 @@ void group_norm_sums(const GroupNormArguments& a, std::int64_t image, std::int64
 
 // y = x scale + shift, then y sigmoid(y).
 template <class L>
-void group_norm_apply(const GroupNormArguments& a, std::int64_t image, std::int64_t begin, std::int64_t end,
+void group_norm_apply(const GroupNormSiluArguments& a, std::int64_t image, std::int64_t begin, std::int64_t end,
                       const float* scale, const float* shift) {
     std::int64_t base = 0;
     for (const GroupNormSource& source : a.sources) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Op `loss`: bits of every mask, and their gradient by the logits, in one pass.
+// Op `diffusion_loss`: bits of every mask, and their gradient by the logits, in one pass.
 #pragma once
 
 #include "cpu/groups.h"
@@ -17,7 +17,7 @@ BERDIFF_FN void load_group(const ConstMask& mask, std::int64_t offset, int live,
 
 // Ones where a pixel counts: it is there, and not ignored.
 template <class L>
-BERDIFF_FN void load_counted(const LossArguments& a, std::int64_t offset, int live, GroupU<L>& counted) {
+BERDIFF_FN void load_counted(const DiffusionLossArguments& a, std::int64_t offset, int live, GroupU<L>& counted) {
     std::uint8_t ones[group_size<L>];
     std::memset(ones, 1, sizeof ones);
     In<L, std::uint8_t>(ones, 0).load(live, counted);
@@ -29,7 +29,7 @@ BERDIFF_FN void load_counted(const LossArguments& a, std::int64_t offset, int li
 }
 
 template <class L>
-void loss_span(const LossArguments& a, std::int64_t row, std::int64_t begin, std::int64_t end) {
+void diffusion_loss_span(const DiffusionLossArguments& a, std::int64_t row, std::int64_t begin, std::int64_t end) {
     using U = typename L::U;
     const LossRow<L> constants = spread<L>(a.row(row));
     const U sign = L::u(0x80000000u);

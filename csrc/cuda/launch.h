@@ -7,12 +7,12 @@
 
 namespace berdiff::cuda {
 
-void noise(const NoiseArguments&, void* stream);
+void initial_noise(const InitialNoiseArguments&, void* stream);
 void q_sample(const QSampleArguments&, void* stream);
-void step(const StepArguments&, void* stream);
+void sample_step(const SampleStepArguments&, void* stream);
 void posterior(const PosteriorArguments&, void* stream);
 void overlap(const OverlapArguments&, void* stream);
-void loss(const LossArguments&, void* stream);
+void diffusion_loss(const DiffusionLossArguments&, void* stream);
 
 // Row, first pixel, place in memory and size of a chunk: for tests of the index arithmetic, which is the kernels' own.
 void locate_chunk(std::int64_t index, std::int64_t pixels, std::int64_t (&out)[4]);

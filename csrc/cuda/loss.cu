@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Op `loss`: bits of every mask, and their gradient by the logits, in one pass. A block takes a tile of a row and
-// leaves its sum; a second, small kernel adds up the tiles of each row. Both add in an order that the shape alone
+// Op `diffusion_loss`: bits of every mask, and their gradient by the logits, in one pass. A block takes a tile of a row
+// and leaves its sum; a second, small kernel adds up the tiles of each row. Both add in an order that the shape alone
 // fixes.
 #include "cuda/chunks.cuh"
 #include "cuda/launch.h"
@@ -22,7 +22,7 @@ __device__ T sum_of_warp(T x) {
     return x;
 }
 
-__device__ void store_gradient(const LossArguments& a, const Chunk& c, const float (&slope)[quad]) {
+__device__ void store_gradient(const DiffusionLossArguments& a, const Chunk& c, const float (&slope)[quad]) {
     if (a.gradient_type == Type::f32) {
         alignas(16) float x[quad];
 #pragma unroll
@@ -37,7 +37,7 @@ __device__ void store_gradient(const LossArguments& a, const Chunk& c, const flo
 }
 
 // The gradient of a few pixels; returns the sum of their bits.
-__device__ float loss_of_quad(const LossArguments& a, const Chunk& c, const LossRow<L>& row) {
+__device__ float loss_of_quad(const DiffusionLossArguments& a, const Chunk& c, const LossRow<L>& row) {
     constexpr std::uint32_t sign = 0x80000000u;
     std::uint32_t y_t[quad], y_0[quad], ignored[quad] = {};
     float z[quad], bits[quad];
@@ -60,7 +60,7 @@ __device__ float loss_of_quad(const LossArguments& a, const Chunk& c, const Loss
     return (bits[0] + bits[1]) + (bits[2] + bits[3]);
 }
 
-__global__ void __launch_bounds__(threads_per_block) loss_kernel(LossArguments a) {
+__global__ void __launch_bounds__(threads_per_block) diffusion_loss_kernel(DiffusionLossArguments a) {
     __shared__ LossRow<L> constants;
     __shared__ float sums[threads_per_block / warp];
     const std::int64_t tiles_per_row = a.tiles_per_row();
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(threads_per_block) loss_kernel(LossArguments a
 }
 
 // A warp for each row.
-__global__ void loss_value_kernel(LossArguments a) {
+__global__ void diffusion_loss_value_kernel(DiffusionLossArguments a) {
     const std::int64_t tiles_per_row = a.tiles_per_row();
     for (std::int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
         double sum = 0;
@@ -103,11 +103,11 @@ __global__ void loss_value_kernel(LossArguments a) {
 
 }  // namespace
 
-void loss(const LossArguments& a, void* stream) {
+void diffusion_loss(const DiffusionLossArguments& a, void* stream) {
     const std::int64_t tiles = a.rows * a.tiles_per_row();
     if (tiles == 0) return;
-    launch_blocks(loss_kernel, a, tiles, threads_per_block, stream, "CUDA kernel diffusion_loss");
-    launch_blocks(loss_value_kernel, a, a.rows, warp, stream, "CUDA kernel diffusion_loss, second stage");
+    launch_blocks(diffusion_loss_kernel, a, tiles, threads_per_block, stream, "CUDA kernel diffusion_loss");
+    launch_blocks(diffusion_loss_value_kernel, a, a.rows, warp, stream, "CUDA kernel diffusion_loss, second stage");
 }
 
 }  // namespace berdiff::cuda

@@ -15,7 +15,8 @@ namespace berdiff {
 enum class Type : int { u8 = 0, f16 = 1, bf16 = 2, f32 = 3 };
 
 // The rows of a call are masks, one after another. Row r is mask number first_row + r of a batch in which each
-// image has samples_per_image masks; sample indices start at first_sample, plus an image's own first one where it has one.
+// image has samples_per_image masks; sample indices start at first_sample, plus an image's own first one where it has
+// one.
 struct Rows {
     std::int64_t rows, pixels;
     std::int64_t samples_per_image, first_row, first_sample;
@@ -42,7 +43,7 @@ struct ConstMask {
     Type type;
 };
 
-struct NoiseArguments {
+struct InitialNoiseArguments {
     Rows rows;
     Mask out;
 };
@@ -55,7 +56,7 @@ struct QSampleArguments {
     Mask out;
 };
 
-struct StepArguments {
+struct SampleStepArguments {
     Rows rows;
     ConstMask y_t;
     const void* logits;
@@ -98,7 +99,7 @@ struct OverlapArguments {
 // Pixels whose losses are added up together; a mask's value is the sum over its tiles, in their order.
 constexpr std::int64_t loss_tile = 4096;
 
-struct LossArguments {
+struct DiffusionLossArguments {
     std::int64_t rows, pixels;
     const void* logits;
     Type logits_type;
@@ -125,7 +126,7 @@ struct GroupNormSource {
 };
 
 // The channels of the first source and after them those of the second, which may have none; `out` has them all.
-struct GroupNormArguments {
+struct GroupNormSiluArguments {
     std::int64_t images, pixels, groups;
     GroupNormSource sources[2];
     const float* weight;

@@ -24,7 +24,11 @@ struct LossRow {
     typename L::F bce_weight;
 };
 
-constexpr int loss_columns = 14;
+// Columns of NoiseSchedule.loss_table: a case for epsilon = 0, one for epsilon = 1, and the weights of the two terms.
+constexpr int loss_case_columns = 6;
+constexpr int loss_kl_weight = 2 * loss_case_columns;
+constexpr int loss_bce_weight = loss_kl_weight + 1;
+constexpr int loss_columns = loss_bce_weight + 1;
 
 BERDIFF_FN LossCase<ScalarLanes> loss_case(const double* c, double kl_weight) {
     return {static_cast<float>(c[0]),
@@ -38,9 +42,9 @@ BERDIFF_FN LossCase<ScalarLanes> loss_case(const double* c, double kl_weight) {
 
 // Weights are divided by the number of pixels that count: the loss of a mask is their mean.
 BERDIFF_FN LossRow<ScalarLanes> loss_row(const double* columns, std::int64_t pixels) {
-    const double kl_weight = columns[12] / static_cast<double>(pixels);
-    return {loss_case(columns, kl_weight), loss_case(columns + 6, kl_weight),
-            static_cast<float>(columns[13] / static_cast<double>(pixels))};
+    const double kl_weight = columns[loss_kl_weight] / static_cast<double>(pixels);
+    return {loss_case(columns, kl_weight), loss_case(columns + loss_case_columns, kl_weight),
+            static_cast<float>(columns[loss_bce_weight] / static_cast<double>(pixels))};
 }
 
 template <class L>
