@@ -40,7 +40,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from berdiff_fast import UNet, load, ops
-from berdiff_fast.backends import triton as kernels
+from berdiff_fast.backends.triton import group_norm as norms
 from berdiff_fast.bench.baselines import PUBLISHED
 from berdiff_fast.files import write_text
 from berdiff_fast.network.fused import FusedUNet
@@ -148,7 +148,7 @@ def made_channels_last(*tensors: torch.Tensor | None) -> list[Work]:
 def group_norm_silu(out, x, other, weight, bias, *_) -> list[Work]:
     n, channels, *spatial = out.shape
     pixels = math.prod(spatial)
-    spans = -(-pixels // (kernels.GROUP_NORM_SIZES["PIXELS"] * kernels.GROUP_NORM_STEPS))
+    spans = -(-pixels // (norms.SIZES["PIXELS"] * norms.SUMS_STEPS))
     sums, factors, pivots = 4 * n * spans * 2 * channels, 4 * n * 2 * channels, size(out) // pixels
     return [
         *made_channels_last(x, other),
@@ -223,7 +223,7 @@ LAUNCHES: dict[str, Callable[[dict[str, Any]], list[Work]]] = {
     "convolution_kernel": fused_convolution,
     "stem_kernel": once(SMALL, lambda given: 2 * given["out"].numel() * given["TAPS"]),
     "norm_factors_kernel": once(FACTORS),
-    "norm_kernel": once(APPLY),
+    "group_norm_apply_kernel": once(APPLY),
     "head_products_kernel": once(SMALL, lambda given: 2 * given["products"].numel() * given["C"]),
     "head_sums_kernel": once(SMALL),
 }

@@ -87,7 +87,7 @@ def ceilings(report: Report) -> None:
 
 def convolutions(report: Report) -> None:
     """Ours leaves the next norm's sums and has its bias added; cuDNN's has not."""
-    from berdiff_fast.backends.triton_layers import TritonLayers
+    from berdiff_fast.backends.triton.layers import TritonLayers
 
     layers, maker = TritonLayers(), fused._Maker(torch.bfloat16, None, 0)
     for side, inputs, outputs, taps in CONVOLUTIONS:

@@ -139,14 +139,14 @@ def test_views_and_allocations_are_free_and_what_is_expanded_is_read_once():
 def test_what_is_not_known_is_not_counted_as_nothing():
     with pytest.raises(budget.UnknownOperationError, match=r"aten::cumsum.*OPERATIONS"):
         counted(lambda: meta(4, 4).cumsum(0))
-    from berdiff_fast.backends.triton import diffusion_loss_value_kernel
+    from berdiff_fast.backends.triton.loss import diffusion_loss_value_kernel
 
     with pytest.raises(budget.UnknownOperationError, match=r"diffusion_loss_value_kernel.*LAUNCHES"):
         counted(lambda: diffusion_loss_value_kernel[(1,)](meta(1), meta(1), 1, BLOCK=128))
 
 
 def test_a_kernel_is_counted_by_the_launch(monkeypatch):
-    from berdiff_fast.backends.triton import diffusion_loss_value_kernel
+    from berdiff_fast.backends.triton.loss import diffusion_loss_value_kernel
 
     seen = []
     rule = budget.once(budget.OTHER, lambda given: seen.append(given) or 6)

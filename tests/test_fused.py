@@ -18,8 +18,8 @@ from berdiff_fast.network.fused import FusedUNet
 
 if not select.can_run("triton", "cuda" if torch.cuda.is_available() else "cpu"):
     pytest.skip("Triton is not here", allow_module_level=True)
-from berdiff_fast.backends import triton_layers
-from berdiff_fast.backends.triton_layers import TritonLayers, Weight
+from berdiff_fast.backends.triton.convolution import Weight, tiling
+from berdiff_fast.backends.triton.layers import TritonLayers
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is compiled on this machine")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -209,7 +209,7 @@ def test_factors_and_norm_of_two_tensors():
 @pytest.mark.parametrize("channels", [(16, 16), (96, 64), (128, 128), (512, 384)])
 def test_tiles_cover_everything(images, side, channels):
     weight = Weight(torch.empty(channels[1], 9 * channels[0]), torch.empty(channels[1]), channels[0])
-    tile = triton_layers.tiling(images, side, side, weight, 2)
+    tile = tiling(images, side, side, weight, 2)
     assert channels[0] % tile.k == 0 and channels[1] % tile.outputs == 0
     assert tile.rows * tile.columns in (64, 128) and tile.outputs >= 16
 

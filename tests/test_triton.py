@@ -14,7 +14,7 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 
-from berdiff_fast.backends.triton import locate  # noqa: E402
+from berdiff_fast.backends.triton.common import locate  # noqa: E402
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the probe below runs under the interpreter")

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-from berdiff_fast.backends import triton as kernels
+from berdiff_fast.backends import triton as backend
 from berdiff_fast.backends.protocol import Rows
+from berdiff_fast.backends.triton import common, group_norm
 
 ARCHITECTURES = (80, 90, 100)
-
-backend = kernels.backend
 
 BF16, F16, F32, BOOL = torch.bfloat16, torch.float16, torch.float32, torch.bool
 INT32, INT64, F64 = torch.int32, torch.int64, torch.float64
@@ -42,10 +41,10 @@ def gpu(*shape: int, dtype: torch.dtype = F32, offset: int = 0) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a method of the backend, or of another object that launches kernels.
+    """A call of a function of the backend, or of a method of an object that launches kernels.
 
     Args:
-        method: bound to its object.
+        method: the function, or the method, bound to its object.
         arguments: in order.
         options: keyword arguments.
         wide: loads of 16 bytes that kernels have to have, at the least, by the kernel's name.
@@ -85,16 +84,16 @@ def _told(argument: Any) -> str:
 
 def of_draws(*dtypes: torch.dtype) -> int:
     """Loads of 16 bytes with which a thread of a kernel of ``BLOCKS`` reads its share of tensors of these types."""
-    return _loads(4 * kernels.BLOCKS, *dtypes)
+    return _loads(4 * common.BLOCKS, *dtypes)
 
 
 def of_norms(*dtypes: torch.dtype) -> int:
     """As ``of_draws``, of the norm's kernels, for one tile."""
-    return _loads(kernels.GROUP_NORM_SIZES["CHANNELS"] * kernels.GROUP_NORM_SIZES["PIXELS"], *dtypes)
+    return _loads(group_norm.SIZES["CHANNELS"] * group_norm.SIZES["PIXELS"], *dtypes)
 
 
 def _loads(elements: int, *dtypes: torch.dtype) -> int:
-    threads = 32 * kernels.LAUNCH_OPTIONS["num_warps"]
+    threads = 32 * common.LAUNCH_OPTIONS["num_warps"]
     return sum(elements // threads * dtype.itemsize // 16 for dtype in dtypes)
 
 
@@ -233,7 +232,9 @@ def networks(quick: bool) -> Iterator[Case]:
 
 def layers(quick: bool) -> Iterator[Case]:
     """The fused network's: TMA descriptors, compute capability 9."""
-    from berdiff_fast.backends.triton_layers import Activation, TritonLayers, Weight
+    from berdiff_fast.backends.triton.activations import Activation
+    from berdiff_fast.backends.triton.convolution import Weight
+    from berdiff_fast.backends.triton.layers import TritonLayers
 
     hopper = (90,)
     net = TritonLayers()

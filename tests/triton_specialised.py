@@ -11,6 +11,8 @@ when Triton is imported.
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import json
 import os
 import pkgutil
@@ -33,8 +35,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from berdiff_fast import backends  # noqa: E402
-from berdiff_fast.backends import triton as kernels  # noqa: E402
+from berdiff_fast.backends import triton as backend  # noqa: E402
+from berdiff_fast.backends.triton import common  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 import triton_cases  # noqa: E402
@@ -123,21 +125,24 @@ def _by_name(fn: Any, values: dict[tuple[int, ...], Any]) -> dict[str, Any]:
 
 
 def all_functions() -> dict[str, JITFunction]:
-    """Every Triton function of the package's backends."""
+    """Every Triton function of the package."""
     found = {}
-    for module in pkgutil.iter_modules(backends.__path__):
-        source = Path(backends.__path__[0], f"{module.name}.py")
-        if source.is_file() and "triton.jit" in source.read_text():
-            for value in vars(__import__(f"berdiff_fast.backends.{module.name}", fromlist=["*"])).values():
-                if isinstance(value, JITFunction) and value.fn.__module__.startswith("berdiff_fast."):
-                    found[value.fn.__name__] = value
+    for module in pkgutil.iter_modules(backend.__path__, f"{backend.__name__}."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, JITFunction) and value.fn.__module__.startswith("berdiff_fast."):
+                found[value.fn.__name__] = value
     return found
 
 
-def methods(kinds: set[type]) -> set[tuple[type, str]]:
-    """The public ones of classes, but for context managers, which launch nothing themselves."""
-    public = ((kind, name, value) for kind in kinds for name, value in vars(kind).items() if name[0] != "_")
-    return {(kind, name) for kind, name, value in public if callable(value) and not hasattr(value, "__wrapped__")}
+def owner(call: Any) -> Any:
+    """The class of a method; the backend for what is a function of it."""
+    return type(call.__self__) if hasattr(call, "__self__") else backend
+
+
+def launchers(owners: set[Any]) -> set[tuple[Any, str]]:
+    """Public functions of the backend, or methods of classes, but for context managers, which launch nothing."""
+    public = ((o, name, value) for o in owners for name, value in vars(o).items() if name[0] != "_")
+    return {(o, name) for o, name, value in public if inspect.isfunction(value) and not hasattr(value, "__wrapped__")}
 
 
 def reached(names: set[str], functions: dict[str, JITFunction]) -> set[str]:
@@ -248,7 +253,7 @@ def main() -> None:
         method = compiler.case.method
         if method.__name__ == chosen.without or chosen.architecture not in compiler.case.architectures:
             continue
-        called.add((type(method.__self__), method.__name__))
+        called.add((owner(method), method.__name__))
         try:
             method(*compiler.case.arguments, **compiler.case.options)
         except Exception as error:  # the test names them all
@@ -260,7 +265,7 @@ def main() -> None:
         "failures": failures,
         "launched": sorted(launched),
         "not_launched": sorted(set(functions) - reached(launched, functions)),
-        "not_called": sorted(name for kind, name in methods({kind for kind, _ in called}) - called),
+        "not_called": sorted(name for kind, name in launchers({kind for kind, _ in called}) - called),
         "kept_as_they_are": {
             name: [p.name for p in function.params if p.do_not_specialize] for name, function in functions.items()
         },
@@ -268,10 +273,10 @@ def main() -> None:
         "tools": {name: tool(name) is not None for name in ("nvdisasm", "cuobjdump")},
     }
     compiler.case, compiler.shard, compiler.shards = None, 0, 1
-    size = 4 * kernels.BLOCKS
+    size = 4 * common.BLOCKS
     a = triton_cases.gpu(size)
     # Beside the posterior: of itself the shard may have none.
-    division = division_kernel[(1,)](a, a, a, 16 * size, BLOCKS=kernels.BLOCKS, **kernels.LAUNCH_OPTIONS)
+    division = division_kernel[(1,)](a, a, a, 16 * size, BLOCKS=common.BLOCKS, **common.LAUNCH_OPTIONS)
 
     entries = [(kernel, entry) for kernel, entry in compiler.compiled.values() if kernel is not division]
     if not chosen.collect:

@@ -164,7 +164,7 @@ def _find(name: str, device_type: str, op: str) -> Any:
         return get(chosen, device_type)
     can_run(name, device_type, raise_error=True)
     module = importlib.import_module(f"berdiff_fast.backends.{name}")
-    return module if name == "reference" else module.backend
+    return getattr(module, "backend", module)  # some are modules themselves
 
 
 def _why_not_for(op: str, name: str, device_type: str) -> str | None:
@@ -180,5 +180,5 @@ def resolve(name: str, device_type: str) -> str:
 if TYPE_CHECKING:  # here mypy compares every backend with what a backend is
     from berdiff_fast.backends import cpp, cuda, reference, triton
 
-    _ALL: tuple[Backend, ...] = (reference, cpp.backend, cuda.backend, triton.backend)
-    _WITH_NORMS: tuple[HasGroupNorm, ...] = (reference, cpp.backend, triton.backend)
+    _ALL: tuple[Backend, ...] = (reference, cpp.backend, cuda.backend, triton)
+    _WITH_NORMS: tuple[HasGroupNorm, ...] = (reference, cpp.backend, triton)

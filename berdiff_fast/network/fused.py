@@ -2,7 +2,7 @@
 """The U-Net for a GPU with tensor cores: as ``inference`` prepares it, with as few passes over memory as can be.
 
 cuDNN adds no bias, no skip path and no residual, and says nothing about what it wrote; each of these is a pass over the
-activations. Here a convolution does all of them before it writes (``backends.triton_layers``), so that a residual block
+activations. Here a convolution does all of them before it writes (``backends.triton.layers``), so that a residual block
 
     h = conv(silu(norm(x, other)))                         other: the skip connection, never concatenated in memory
     out = conv(silu(norm(h))) + Wx x + Wo other            or + x
@@ -71,7 +71,7 @@ class FusedUNet:
         network: the trained network; dropout is left out.
         timesteps: (S,) as the network is given them.
         dtype: of activations and weights; sums and tables are float32.
-        layers: the kernels; ``backends.triton_layers.TritonLayers`` by default.
+        layers: the kernels; ``backends.triton.layers.TritonLayers`` by default.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class FusedUNet:
             raise ValueError(f"network cannot be fused: {reason}")
         device = next(network.parameters()).device
         if layers is None:
-            from berdiff_fast.backends.triton_layers import TritonLayers
+            from berdiff_fast.backends.triton.layers import TritonLayers
 
             layers = TritonLayers()
         self.dtype = network.dtype if dtype is None else dtype
@@ -296,7 +296,7 @@ class _Maker:
 
     def weight(self, conv: Any, skip: Any = None, before: int = 0, stride: int = 1) -> Any:
         """(outputs, taps inputs + projected inputs): tap by tap the input channels, then those of the skip path."""
-        from berdiff_fast.backends.triton_layers import Weight
+        from berdiff_fast.backends.triton.convolution import Weight
 
         kernel = conv.weight.detach().float()
         inputs, taps = kernel.shape[1], kernel.flatten(2).shape[2]
@@ -312,7 +312,7 @@ class _Maker:
 
     def upsample(self, conv: Any) -> Any:
         """Repetition of each pixel, 2 x 2 times, and 3 x 3 convolution: for each of four phases, 2 x 2 taps."""
-        from berdiff_fast.backends.triton_layers import Weight
+        from berdiff_fast.backends.triton.convolution import Weight
 
         kernel = conv.weight.detach().float()
         # Which of three taps fall on the first and on the second of the two pixels that a phase sees, along one axis.
