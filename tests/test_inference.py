@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import threads
-from variants import VARIANTS
+from variants import VARIANTS, Variant
 
 import berdiff_fast as bf
 from berdiff_fast import ops
@@ -170,6 +170,15 @@ def test_auto_passes_over_a_backend_without_norms(monkeypatch):
     assert select.get("auto", "cuda") == "cuda"
 
 
+def test_auto_says_why_only_the_reference_is_left(monkeypatch, caplog):
+    """Also of backends that can run here and have no kernel of the op."""
+    monkeypatch.setattr(select, "why_not", lambda name, device_type: "it is not here" if name == "triton" else None)
+    monkeypatch.setattr(select, "_found", {})
+    with caplog.at_level("WARNING", "berdiff_fast"):
+        select.get("auto", "cuda", "group_norm_silu")
+    assert "(cuda: it has no kernel of group_norm_silu; triton: it is not here)" in caplog.text
+
+
 # ---------------------------------------------------------------------- the network
 
 
@@ -237,36 +246,86 @@ def test_bundled_and_published_sizes():
 # ---------------------------------------------------------------------- Winograd's convolution
 
 
+WITH_WINOGRAD = [v for v in VARIANTS if "winograd" not in select.LACKING.get(v.backend, ())]
 ISAS = cpp.available_isas() if select.can_run("cpp", "cpu") else []
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("variant", [*WITH_WINOGRAD, Variant("reference", "reference")], ids=lambda v: v.name)
 @pytest.mark.parametrize("upsample", [False, True])
 @pytest.mark.parametrize(
     ("shape", "outputs"),
     [((1, 16, 4, 4), 16), ((3, 32, 7, 9), 48), ((2, 80, 1, 2), 64), ((5, 64, 16, 12), 144), ((1, 128, 33, 30), 128)],
     ids=str,
 )
-def test_winograd(isa, upsample, shape, outputs):
+def test_winograd(variant, upsample, shape, outputs):
     x, weight = noise(*shape), noise(outputs, shape[1], 3, 3, seed=1) / shape[1] ** 0.5
     bias, scale = noise(outputs, seed=2), 1 + upsample
     residual = noise(shape[0], outputs, scale * shape[2], scale * shape[3], seed=3)
     repeated = x.double().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     exact = F.conv2d(repeated, weight.double(), bias.double(), padding=1)
-    last = torch.channels_last
-    packed = cpp.winograd_weight(weight)
-    with cpp.use_isa(isa):
-        got = cpp.winograd(x.contiguous(memory_format=last), packed, bias, upsample=upsample)
-        assert_near(got, exact, 3e-5)
-        more = residual.contiguous(memory_format=last)
-        got = cpp.winograd(x.contiguous(memory_format=last), packed, bias, upsample=upsample, residual=more)
+    packed = ops.winograd_weight(weight)
+
+    def convolve(x, residual=None):
+        given = [None if a is None else a.to(variant.device) for a in (x, packed, bias, residual)]
+        options = dict(upsample=upsample, residual=given.pop(), backend=variant.backend)
+        return ops.winograd(*given, **options).cpu()
+
+    with variant.use():
+        last = x.contiguous(memory_format=torch.channels_last)
+        assert_near(convolve(last), exact, 3e-5)
+        got = convolve(last, residual)
         assert_near(got, exact + residual, 3e-5)
-        with threads(3):
-            again = cpp.winograd(x.contiguous(memory_format=last), packed, bias, upsample=upsample, residual=more)
-    assert torch.equal(again, got)
-    alone = [cpp.winograd(x[i : i + 1].contiguous(memory_format=last), packed, bias) for i in range(len(x))]
-    with cpp.use_isa(cpp.isa()):
-        assert torch.equal(torch.cat(alone), cpp.winograd(x.contiguous(memory_format=last), packed, bias))
+        assert torch.equal(convolve(x, residual.contiguous(memory_format=torch.channels_last)), got)
+        if variant.backend == "cpp":
+            with threads(3):
+                assert torch.equal(convolve(last, residual), got)
+            alone = [convolve(x[i : i + 1], residual[i : i + 1]) for i in range(len(x))]
+            assert torch.equal(torch.cat(alone), got)
+
+
+GOOD = {"x": noise(2, 16, 5, 6), "weight": ops.winograd_weight(noise(32, 16, 3, 3)), "bias": noise(32)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+        ({"weight": None}, TypeError, "weight must be a torch.Tensor, got NoneType"),
+        ({"residual": 1}, TypeError, "residual must be a torch.Tensor, got int"),
+        ({"x": noise(2, 16, 5, 6).double()}, ValueError, "x must be float32 of 4 dimensions, got torch.float64"),
+        ({"x": noise(16, 5, 6)}, ValueError, r"x must be float32 of 4 dimensions, got .* \(16, 5, 6\)"),
+        ({"x": noise(2, 8, 5, 6)}, ValueError, "x must have channels by sixteens, got 8"),
+        ({"x": noise(2, 32, 5, 6)}, ValueError, r"weight must be ops.winograd_weight of .* \(32, 32, 3, 3\), of shape"),
+        ({"bias": noise(24)}, ValueError, "bias must have outputs by sixteens, got 24"),
+        ({"bias": noise(80)}, ValueError, r"weight must .* of shape \(36, 2, 16, 64\), got \(36, 1, 16, 64\)"),
+        ({"weight": noise(32, 16, 3, 3)}, ValueError, r"weight must be ops.winograd_weight .* got \(32, 16, 3, 3\)"),
+        ({"residual": noise(2, 32, 5, 7)}, ValueError, r"residual must have .* \(2, 32, 5, 6\), got \(2, 32, 5, 7\)"),
+        ({"bias": noise(32).to("meta")}, ValueError, "bias must be on cpu"),
+        ({"backend": "triton"}, select.BackendUnavailableError, "'triton' has no kernel of winograd; 'auto' and"),
+        ({"backend": "cuda"}, select.BackendUnavailableError, "'cuda' has no kernel of winograd"),
+    ],
+    ids=str,
+)
+def test_winograd_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        ops.winograd(**(GOOD | changes))
+
+
+def test_winograd_weight_refuses():
+    with pytest.raises(ValueError, match=r"weight must be \(O, C, 3, 3\), got shape \(16, 16, 1, 1\)"):
+        ops.winograd_weight(noise(16, 16, 1, 1))
+    with pytest.raises(TypeError, match="weight must be a torch.Tensor, got list"):
+        ops.winograd_weight([1.0])
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 5, 6), (2, 16, 0, 6)])
+def test_winograd_of_nothing(shape):
+    assert ops.winograd(noise(*shape), GOOD["weight"], GOOD["bias"]).shape == (shape[0], 32, *shape[2:])
+
+
+@pytest.mark.skipif(not ISAS, reason="berdiff_fast._cpu not built")
+def test_the_panel_is_the_module_s():
+    assert ops.winograd_weight(noise(16, 16, 3, 3)).shape[-1] == cpp._cpu.winograd_panel
 
 
 @pytest.mark.skipif(not ISAS, reason="berdiff_fast._cpu not built")

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import importlib.util
 import os
 import signal
 import sys
@@ -17,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from berdiff_fast import NoiseSchedule, image_seeds, ops
 from berdiff_fast.backends import select
+from berdiff_fast.ops import _registry
 
 SCHEDULE = NoiseSchedule("cosine2")
 TAUS = SCHEDULE.subsequence(10)
@@ -41,6 +44,11 @@ def calls():
     yield "posterior", (y, z, coefficients, "epsilon", "auto")
     yield "overlap", (y, z, "auto")
     yield "overlap", (y, None, "reference")
+    x = torch.randn(2, 16, 5, 6)
+    yield "group_norm_silu", (x, None, torch.ones(16), torch.zeros(16), 4, 1e-5, True, "auto")
+    weight = ops.winograd_weight(torch.randn(32, 16, 3, 3))
+    yield "winograd", (x, weight, torch.ones(32), torch.randn(2, 32, 10, 12), True, "auto")
+    yield "winograd", (x, weight, torch.ones(32), None, False, "reference")
 
 
 @pytest.mark.parametrize(("name", "args"), list(calls()), ids=lambda x: x if isinstance(x, str) else "")
@@ -123,6 +131,50 @@ def test_direct_and_dispatched_calls_are_the_same():
         y, z, seeds, coefficients, flag, 400, 2, 0, 0, "epsilon", False, torch.float32, "auto"
     )
     assert torch.equal(direct, dispatched)
+
+
+@contextlib.contextmanager
+def transformed():
+    """Inside ``torch.func``'s transforms, of which there is no public ``with`` block."""
+    with torch._functorch.eager_transforms.grad_increment_nesting():
+        yield
+
+
+STATES = {
+    "a dispatch mode": FakeTensorMode,
+    "a transform": transformed,
+    "the profiler": lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_who_watches_is_noticed(state):
+    """The one place where torch's private names are used, against what they are used for."""
+    y, z, _, coefficients, _ = arguments()
+    direct, names = _registry.KERNELS["posterior"], ("y_t", "logits", "coefficients")
+    assert not _registry.is_watched()
+    assert _registry.entry("posterior", names, y, z, coefficients) is direct
+    with STATES[state]():
+        assert _registry.is_watched()
+        assert _registry.entry("posterior", names, y, z, coefficients) is torch.ops.berdiff_fast.posterior
+    for quiet in (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")):
+        with quiet():
+            assert not _registry.is_watched()
+
+
+def test_a_tracer_is_noticed():
+    seen = []
+    torch.jit.trace(lambda x: seen.append(_registry.is_watched()) or x + 1, torch.zeros(2), check_trace=False)
+    assert seen == [True] and not _registry.is_watched()
+
+
+def test_a_torch_without_the_private_names_sends_every_call_to_the_dispatcher(monkeypatch):
+    monkeypatch.delattr(torch.autograd, "_profiler_enabled")
+    monkeypatch.setattr(torch.library, "Library", lambda *_: None)  # there is one already
+    spec = importlib.util.spec_from_file_location("another_registry", _registry.__file__)
+    another = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(another)
+    assert another.is_watched()
 
 
 def test_inputs_are_never_written():

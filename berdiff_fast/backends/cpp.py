@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 
 import berdiff_fast._cpu as _cpu
 from berdiff_fast.backends.native import NOWHERE, NativeBackend, address, no_memory
@@ -104,68 +103,30 @@ class CppBackend(NativeBackend):
             torch.get_num_threads(),
         )
 
+    def winograd(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        residual: torch.Tensor | None,
+        upsample: bool,
+    ) -> None:
+        images, height, width, outputs = out.shape
+        _cpu.winograd(
+            out.data_ptr(),
+            p if (p := x.data_ptr()) > NOWHERE else no_memory("x"),
+            p if (p := weight.data_ptr()) > NOWHERE else no_memory("weight"),
+            p if (p := bias.data_ptr()) > NOWHERE else no_memory("bias"),
+            0 if residual is None else address("residual", residual),
+            images,
+            height,
+            width,
+            x.shape[-1],
+            outputs,
+            upsample,
+            torch.get_num_threads(),
+        )
+
 
 backend: CppBackend = CppBackend(_cpu, context=lambda out: torch.get_num_threads())
-
-
-# ---------------------------------------------------------------------- convolutions, for network/inference.py
-
-#: G of F(4 x 4, 3 x 3): the points 0, 1, -1, 2, -2 and infinity.
-_WINOGRAD = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]
-
-
-def winograd_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Weights (O, C, 3, 3) of a convolution, transformed in float64 and laid out for ``winograd``."""
-    outputs, channels = weight.shape[:2]
-    g = torch.tensor(_WINOGRAD, dtype=torch.float64) / 24
-    transformed = torch.einsum("ia,ocab,jb->ijco", g, weight.detach().double().cpu(), g)
-    panel = _cpu.winograd_panel
-    panels = -(-outputs // panel)
-    padded = F.pad(transformed.reshape(36, channels, outputs), (0, panels * panel - outputs))
-    return padded.view(36, channels, panels, panel).transpose(1, 2).float().contiguous()
-
-
-def winograd(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    *,
-    upsample: bool = False,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """A 3 x 3 convolution with padding 1 by Winograd's F(4 x 4, 3 x 3) (Lavin & Gray, arXiv 1509.09308).
-
-    It multiplies a quarter as often as the plain algorithm and loses a digit: results are within 3e-5 of float64's,
-    relative to the largest one, where torch's are within 3e-6.
-
-    Args:
-        x: (N, C, H, W) float32 on the CPU; C a multiple of 16. Best channels last in memory: others are copied.
-        weight: ``winograd_weight`` of (O, C, 3, 3), O a multiple of 16.
-        bias: (O,) float32.
-        upsample: repeat every pixel twice along both axes first.
-        residual: (N, O, H', W'), added to the result; as x.
-
-    Returns:
-        (N, O, H', W'), channels last in memory; H' = H, or 2 H with ``upsample``.
-    """
-    images, channels, height, width = x.shape
-    if upsample:
-        height, width = 2 * height, 2 * width
-    x = x.movedim(1, -1).contiguous()
-    residual = None if residual is None else residual.movedim(1, -1).contiguous()
-    out = x.new_empty((images, height, width, len(bias)))
-    _cpu.winograd(
-        out.data_ptr(),
-        p if (p := x.data_ptr()) > NOWHERE else no_memory("x"),
-        p if (p := weight.data_ptr()) > NOWHERE else no_memory("weight"),
-        p if (p := bias.data_ptr()) > NOWHERE else no_memory("bias"),
-        0 if residual is None else address("residual", residual),
-        images,
-        height,
-        width,
-        channels,
-        len(bias),
-        upsample,
-        torch.get_num_threads(),
-    )
-    return out.movedim(-1, 1)

@@ -106,3 +106,19 @@ class HasGroupNorm(Protocol):
         /,
     ) -> None:
         """Fill ``out`` (N, *spatial, C + C'), from ``x`` (N, *spatial, C) and ``other`` (N, *spatial, C')."""
+
+
+class HasWinograd(Protocol):
+    """A backend that has the op ``winograd``; ``select.LACKING`` names those that have not."""
+
+    def winograd(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        residual: torch.Tensor | None,
+        upsample: bool,
+        /,
+    ) -> None:
+        """Fill ``out`` (N, H', W', O) from ``x`` (N, H, W, C) and ``weight`` (36, panels, C, 64); add ``residual``."""

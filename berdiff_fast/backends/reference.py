@@ -15,6 +15,11 @@ from berdiff_fast.schedule import LOSS_CASE
 
 _SIGN = -0x80000000
 
+#: B^T and A^T of Winograd's F(4 x 4, 3 x 3), for the points 0, 1, -1, 2, -2 and infinity (ops/winograd.py has G).
+_TO_TILE = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0],
+            [0, 4, 0, -5, 0, 1]]  # fmt: skip
+_FROM_TILE = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
+
 
 def exp_negative(z: torch.Tensor) -> torch.Tensor:
     """exp(-z) of the draw contract, float32 in and out; see ``docs/draw.md``."""
@@ -180,3 +185,26 @@ def group_norm_silu(
     # Channels first: torch's kernel for channels last loses a digit and a half (2.13, on the CPU).
     y = F.group_norm(both.movedim(-1, 1).float().contiguous(), groups, weight, bias, eps)
     out.copy_((F.silu(y) if silu else y).movedim(1, -1))
+
+
+@torch.no_grad()
+def winograd(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    upsample: bool,
+) -> None:
+    _, height, width, outputs = out.shape
+    if upsample:
+        x = x.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    # Tiles of 6 x 6 inputs, of which the outer ring is shared with the neighbours, give 4 x 4 outputs.
+    x = F.pad(x, (0, 0, 1, 1 + -width % 4, 1, 1 + -height % 4))
+    tiles = x.unfold(1, 6, 4).unfold(2, 6, 4)  # (N, rows, columns, C, 6, 6)
+    to, back = (torch.tensor(matrix, dtype=x.dtype, device=x.device) for matrix in (_TO_TILE, _FROM_TILE))
+    weights = weight.transpose(1, 2).flatten(2)[:, :, :outputs].unflatten(0, (6, 6))  # (6, 6, C, O)
+    products = torch.einsum("iy,nrscyx,jx,ijco->nrsijo", to, tiles, to, weights)
+    y = torch.einsum("yi,nrsijo,xj->nrysxo", back, products, back)
+    y = y.flatten(3, 4).flatten(1, 2)[:, :height, :width] + bias
+    out.copy_(y if residual is None else y + residual)

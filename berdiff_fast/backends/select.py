@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from berdiff_fast.backends.protocol import Backend, HasGroupNorm
+from berdiff_fast.backends.protocol import Backend, HasGroupNorm, HasWinograd
 
 logger = logging.getLogger("berdiff_fast")
 
@@ -22,7 +22,9 @@ _CANDIDATES = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "referenc
 
 #: Ops that a backend has no kernel of. "auto" passes it over for these, and asking for it by name is an error.
 LACKING = {
-    "cuda": ("group_norm_silu",),  # memory is the limit, and CUDA C++ would do nothing better than Triton's kernels
+    # Of the norm memory is the limit, and CUDA C++ would do nothing better than Triton's kernels.
+    "cuda": ("group_norm_silu", "winograd"),
+    "triton": ("winograd",),  # on a GPU, cuDNN's convolutions are faster
 }
 
 
@@ -130,6 +132,8 @@ _found: dict[tuple[str, ...], Any] = {}
 def get(name: str, device_type: str) -> Backend: ...
 @overload
 def get(name: str, device_type: str, op: Literal["group_norm_silu"]) -> HasGroupNorm: ...
+@overload
+def get(name: str, device_type: str, op: Literal["winograd"]) -> HasWinograd: ...
 def get(name: str, device_type: str, op: str = "") -> Any:
     """The backend that runs ops on a device type. An op that some backends lack has to be named.
 
@@ -182,3 +186,4 @@ if TYPE_CHECKING:  # here mypy compares every backend with what a backend is
 
     _ALL: tuple[Backend, ...] = (reference, cpp.backend, cuda.backend, triton)
     _WITH_NORMS: tuple[HasGroupNorm, ...] = (reference, cpp.backend, triton)
+    _WITH_WINOGRAD: tuple[HasWinograd, ...] = (reference, cpp.backend)

@@ -379,7 +379,7 @@ class _Convolution:
 
 @dataclass
 class _Winograd(_Convolution):
-    """A convolution by ``backends.cpp.winograd``."""
+    """A convolution by ``ops.winograd``."""
 
     def unbiased(self, x: torch.Tensor) -> torch.Tensor:
         return self.call(x, self.weight, torch.zeros_like(self.bias[0]), **self.options)
@@ -534,9 +534,8 @@ class _Maker:
         return self.winograd and fits
 
     def by_winograd(self, conv: Any, **options: Any) -> _Winograd:
-        from berdiff_fast.backends import cpp
-
-        return _Winograd(cpp.winograd, cpp.winograd_weight(conv.weight), self.vector(conv.bias), options)
+        options["backend"] = "cpp"
+        return _Winograd(ops.winograd, ops.winograd_weight(conv.weight), self.vector(conv.bias), options)
 
     def linear(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, layer.weight.float(), layer.bias.float())

@@ -25,6 +25,7 @@ from berdiff_fast.ops.draw import initial_noise, posterior, q_sample, sample_ste
 from berdiff_fast.ops.group_norm import group_norm_silu
 from berdiff_fast.ops.loss import diffusion_loss
 from berdiff_fast.ops.overlap import overlap
+from berdiff_fast.ops.winograd import winograd, winograd_weight
 
 __all__ = [
     "LOGIT_DTYPES",
@@ -38,4 +39,6 @@ __all__ = [
     "posterior",
     "q_sample",
     "sample_step",
+    "winograd",
+    "winograd_weight",
 ]

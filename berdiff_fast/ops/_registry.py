@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from torch.jit import is_tracing
 
 try:
-    # All that is used of torch's private names. They were the same from torch 2.8 to 2.13.
+    # All that is used of torch's private names; tests/test_torch_citizens.py tries them.
     from torch._C import _len_torch_dispatch_stack as dispatch_modes
     from torch._C._functorch import peek_interpreter_stack as innermost_transform
     from torch.autograd import _profiler_enabled as is_profiled
