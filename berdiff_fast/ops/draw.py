@@ -87,7 +87,7 @@ def _initial_noise_output(seeds, mask_shape, count, samples_per_image, first_row
 
 def _initial_noise(seeds, mask_shape, count, samples_per_image, first_row, first_sample, dtype, backend):
     out = _initial_noise_output(seeds, mask_shape, count, samples_per_image, first_row, first_sample, dtype, backend)
-    kernels = select.get(backend, seeds.device.type)
+    kernels = select.get(backend, "cpu" if seeds.is_cpu else seeds.device.type)
     if out.numel():
         kernels.initial_noise(out, Rows(seeds.contiguous(), samples_per_image, first_row, first_sample))
     return out
@@ -158,7 +158,7 @@ def _q_sample_output(y_0, t, flip, seeds, samples_per_image, first_row, first_sa
 def _q_sample(y_0, t, flip, seeds, samples_per_image, first_row, first_sample, dtype, backend):
     out = _q_sample_output(y_0, t, flip, seeds, samples_per_image, first_row, first_sample, dtype, backend)
     check_memory("y_0", y_0)
-    kernels = select.get(backend, y_0.device.type)
+    kernels = select.get(backend, "cpu" if y_0.is_cpu else y_0.device.type)
     if out.numel():
         rows = Rows(seeds.contiguous(), samples_per_image, first_row, first_sample)
         kernels.q_sample(out, y_0.contiguous(), t.contiguous(), flip.contiguous(), rows)

@@ -121,7 +121,7 @@ def _diffusion_loss(*arguments):
     logits, y_t, y_0, columns, ignore, prediction, backend = arguments
     for name, tensor in (("logits", logits), ("y_t", y_t), ("y_0", y_0), ("t", columns), ("ignore", ignore)):
         check_memory(name, tensor)
-    kernels = select.get(backend, y_t.device.type)
+    kernels = select.get(backend, "cpu" if y_t.is_cpu else y_t.device.type)
     if gradient.numel():
         kernels.diffusion_loss(
             value,

@@ -110,7 +110,7 @@ def _winograd(x, weight, bias, residual, upsample, backend):
     out = _winograd_output(x, weight, bias, residual, upsample, backend)
     check_memory("x", x)
     check_memory("residual", residual)
-    kernels = select.get(backend, x.device.type, "winograd")
+    kernels = select.get(backend, "cpu" if x.is_cpu else x.device.type, "winograd")
     if out.numel():
         kernels.winograd(
             out.movedim(1, -1),
