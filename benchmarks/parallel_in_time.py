@@ -26,13 +26,13 @@ from unittest import mock
 import torch
 
 import berdiff_fast as bf
-from berdiff_fast import parallel_in_time
 from berdiff_fast.bench.calls import _published_unet
 from berdiff_fast.data import phantom
 from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.files import write_text
 from berdiff_fast.info import collect
 from berdiff_fast.network import inference
+from berdiff_fast.sampling import parallel_in_time
 from berdiff_fast.training import evaluate
 
 #: Steps, masks and windows to count, in this order, and on how many slices of `lidc`.

@@ -15,7 +15,7 @@ from berdiff_fast.imaging.summary import summarize
 from berdiff_fast.model import BerDiff, Preprocessing, bundled_models, load, load_official
 from berdiff_fast.network.unet import UNet
 from berdiff_fast.rng import DRAW_CONTRACT, image_seeds
-from berdiff_fast.sampler import Sampler, sample
+from berdiff_fast.sampling import Sampler, sample
 from berdiff_fast.scans import sample_until, sample_volume
 from berdiff_fast.schedule import NoiseSchedule
 

@@ -15,7 +15,7 @@ from berdiff_fast import checks, metrics, ops
 from berdiff_fast.backends import select
 from berdiff_fast.data import phantom
 from berdiff_fast.model import BerDiff, load
-from berdiff_fast.sampler import sample
+from berdiff_fast.sampling import sample
 
 #: Trained on patients (docs/model_card.md), so procedural slices are nothing it has seen; they need no data.
 MODEL = "lidc"

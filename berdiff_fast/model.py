@@ -16,10 +16,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from berdiff_fast import checks, digests, mode_draws, words
+from berdiff_fast import checks, digests, words
 from berdiff_fast.files import write_bytes
 from berdiff_fast.network import official
-from berdiff_fast.network.prior import ModePrior
+from berdiff_fast.network.prior import ModePrior, class_logits, class_probabilities
 from berdiff_fast.network.unet import UNet, check_size
 from berdiff_fast.network.window import Window
 from berdiff_fast.ops import PREDICTIONS
@@ -248,7 +248,7 @@ class BerDiff(nn.Module):
             raise ValueError(f"img must be on the model's device {weight.device}, got {x.device}")
         if not bool(torch.isfinite(x).all()):
             raise ValueError("img must be finite, got NaN or infinite values")
-        return mode_draws.probabilities(mode_draws.logits(self.mode_prior, x))
+        return class_probabilities(class_logits(self.mode_prior, x))
 
     def with_weights(self, network: nn.Module, mode_prior: ModePrior | None) -> BerDiff:
         """A model that is like this one but for its modules: averaged ones, say."""

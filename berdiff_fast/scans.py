@@ -22,7 +22,7 @@ from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io.padding import lowest_tissue
 from berdiff_fast.model import BerDiff
 from berdiff_fast.network.unet import UNet
-from berdiff_fast.sampler import Sampler, sample
+from berdiff_fast.sampling import Sampler, sample
 from berdiff_fast.store import Store as _Store
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+from functools import partial
 
 import pytest
 import torch
@@ -285,14 +286,15 @@ def test_images_that_are_not_finite_on_the_gpu(value):
 
 def test_size_classes_on_the_gpu(backend):
     """Equal logits give the CPU's classes; a call with a prior makes the host wait for nothing before its flags."""
-    from berdiff_fast import mode_draws
-    from berdiff_fast.network.prior import ModePrior, size_class
+    from berdiff_fast.network.prior import ModePrior, class_weights, size_class
+    from berdiff_fast.sampling.modes import draw_classes
 
     torch.manual_seed(0)
     logits, seeds = torch.randn(500, 7) * 3, image_seeds(4, 500)
     for stratify in (True, False):
-        expected = mode_draws.draw(mode_draws.weights(logits), seeds, 16, first_sample=9, stratify=stratify)
-        found = mode_draws.draw(mode_draws.weights(logits.cuda()), seeds.cuda(), 16, first_sample=9, stratify=stratify)
+        draw = partial(draw_classes, n=16, first_sample=9, stratify=stratify)
+        expected = draw(class_weights(logits), seeds)
+        found = draw(class_weights(logits.cuda()), seeds.cuda())
         assert torch.equal(found.cpu(), expected)
 
     shape = dict(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,), num_classes=5)

@@ -197,18 +197,16 @@ def test_settings_are_in_the_key(cuda, monkeypatch, setting):
 
 def test_chunks_of_a_call_are_one_graph(cuda, monkeypatch):
     """128 masks by 16: one key, so one graph from the second chunk on."""
-    from berdiff_fast import sampler
+    from berdiff_fast.sampling.chunks import Masks
+    from berdiff_fast.sampling.denoisers import PreparedDenoiser
+    from berdiff_fast.sampling.sampler import graph_key
 
-    keys = []
-    monkeypatch.setattr(graph, "captured", lambda graphs, key, *rest, **more: keys.append(key))
     model = bf.load("phantom64")
-    call = sampler._Call(
-        sampler.Sampler(model, 128, 4), torch.zeros(1, 1, 64, 64), torch.zeros(1, dtype=torch.int64), 0, None
-    )
-    prepared = sampler._Prepared(inference.prepare(model.network, [0.0]), model.output_window, model.prediction)
-    for first in range(0, 128, 16):
-        prepared.graph(draw, call._chunk(first, first + 16), call)
-    assert len(keys) == 8 and len(set(keys)) == 1
+    plan = bf.Sampler(model, 128, 4).plan
+    masks = Masks(torch.zeros(1, 1, 64, 64), torch.zeros(1, dtype=torch.int64), 128, 1)
+    prepared = PreparedDenoiser(inference.prepare(model.network, plan.timesteps), model.output_window, model.prediction)
+    keys = {graph_key(plan, prepared, masks.chunk(first, first + 16)) for first in range(0, 128, 16)}
+    assert len(keys) == 1
 
 
 def test_a_prepared_form_is_made_once_and_whole(monkeypatch):

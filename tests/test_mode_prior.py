@@ -15,9 +15,18 @@ from support import ALPHA, CPU_BACKENDS, FASTEST, METHODS, PREDICTIONS, Toy, ass
 from torch import nn
 
 import berdiff_fast as bf
-from berdiff_fast import BerDiff, UNet, image_seeds, mode_draws, rng
+from berdiff_fast import BerDiff, UNet, image_seeds, rng
 from berdiff_fast.imaging import write_report
-from berdiff_fast.network.prior import ModePrior, class_bounds, size_class
+from berdiff_fast.network.prior import (
+    LIKELIEST,
+    ModePrior,
+    class_bounds,
+    class_probabilities,
+    class_weights,
+    size_class,
+)
+from berdiff_fast.sampling.loop import Trajectory
+from berdiff_fast.sampling.modes import ClassDenoiser, bit_reversed, draw_classes
 
 SEED, EDGES = 2023, (4, 20, 60)
 CLASSES = len(EDGES) + 2
@@ -117,7 +126,7 @@ def test_classes_are_drawn_by_the_rule(stratify):
     logits = toy_image(20, 7, seed=3) * torch.logspace(-2, 2, 20)[:, None]
     logits[3] = torch.tensor([-100.0, 0, -200, 0, 0, -17, 3e38])
     seeds = image_seeds(5, 20)
-    found = mode_draws.draw(mode_draws.weights(logits), seeds, 9, first_sample=2**31 - 4, stratify=stratify)
+    found = draw_classes(class_weights(logits), seeds, 9, first_sample=2**31 - 4, stratify=stratify)
     for b, k in product(range(20), range(9)):
         assert found[b, k] == by_hand(logits[b], int(seeds[b]), 2**31 - 4 + k, stratify)
 
@@ -125,35 +134,35 @@ def test_classes_are_drawn_by_the_rule(stratify):
 def test_vectors():
     """Those of docs/draw.md, section 11."""
     logits = torch.tensor([[0.5, -1.0, 0.0, 0.25]])
-    weights = mode_draws.weights(logits)
+    weights = class_weights(logits)
     assert weights.tolist() == [[16777216, 3743502, 10175895, 13066109]]
     seeds = torch.tensor([7])
     assert rng.words(seeds, 1, stream=rng.STREAM_MODES).item() == 0xA9A340C8
-    assert mode_draws.draw(weights, seeds, 16).tolist() == [[2, 0, 3, 1, 3, 0, 0, 2, 3, 0, 3, 2, 3, 0, 0, 2]]
-    found = mode_draws.draw(weights, seeds, 16, stratify=False)
+    assert draw_classes(weights, seeds, 16).tolist() == [[2, 0, 3, 1, 3, 0, 0, 2, 3, 0, 3, 2, 3, 0, 0, 2]]
+    found = draw_classes(weights, seeds, 16, stratify=False)
     assert found.tolist() == [[3, 0, 2, 0, 3, 3, 1, 3, 3, 2, 3, 2, 3, 0, 3, 2]]
 
 
 def test_weights_are_those_of_a_softmax():
     logits = toy_image(50, 7, seed=1) * 3
     expected = torch.softmax(logits.double(), 1)
-    assert (mode_draws.probabilities(logits).double() - expected).abs().max() < 1e-6
-    only = mode_draws.weights(logits, [1, 4])
-    assert (only[:, [0, 2, 3, 5, 6]] == 0).all() and (only.amax(1) == mode_draws.ONE).all()
+    assert (class_probabilities(logits).double() - expected).abs().max() < 1e-6
+    only = class_weights(logits, [1, 4])
+    assert (only[:, [0, 2, 3, 5, 6]] == 0).all() and (only.amax(1) == LIKELIEST).all()
 
 
 def test_bits_are_reversed():
     k = torch.tensor([0, 1, 2, 3, 2**31, 2**32 - 1, 0x12345678])
-    assert mode_draws.bit_reversed(k).tolist() == [int(f"{i:032b}"[::-1], 2) for i in k.tolist()]
+    assert bit_reversed(k).tolist() == [int(f"{i:032b}"[::-1], 2) for i in k.tolist()]
 
 
 @pytest.mark.parametrize("m", [0, 1, 3, 4, 6])
 def test_every_aligned_block_has_each_class_to_within_one_mask(m):
     logits, seeds = toy_image(300, 7, seed=2) * 2, image_seeds(1, 300)
-    p = mode_draws.weights(logits).double()
+    p = class_weights(logits).double()
     p = p / p.sum(1, keepdim=True)
     for first in (0, 2**m, 5 * 2**m, 2**32 - 2**m):
-        drawn = mode_draws.draw(mode_draws.weights(logits), seeds, 2**m, first_sample=first)
+        drawn = draw_classes(class_weights(logits), seeds, 2**m, first_sample=first)
         counts = torch.nn.functional.one_hot(drawn, 7).sum(1)
         assert (counts - p * 2**m).abs().max() < 1 + 1e-9
 
@@ -163,8 +172,8 @@ def test_every_aligned_block_has_each_class_to_within_one_mask(m):
 def test_over_seeds_each_mask_is_a_draw_from_p(stratify, k):
     logits = torch.tensor([[0.3, -1.2, 0.8, -4.0, 0.0]])
     p, count = torch.softmax(logits.double(), 1)[0], 20000
-    drawn = mode_draws.draw(
-        mode_draws.weights(logits).expand(count, -1), image_seeds(9, count), 1, first_sample=k, stratify=stratify
+    drawn = draw_classes(
+        class_weights(logits).expand(count, -1), image_seeds(9, count), 1, first_sample=k, stratify=stratify
     )
     assert_binomial(np.bincount(drawn[:, 0], minlength=5), count, p.numpy(), alpha=ALPHA / 8)
 
@@ -172,10 +181,10 @@ def test_over_seeds_each_mask_is_a_draw_from_p(stratify, k):
 def test_without_strata_two_masks_are_independent():
     logits = torch.tensor([[0.3, -1.2, 0.8]])
     p, count = torch.softmax(logits.double(), 1)[0], 20000
-    weights, seeds = mode_draws.weights(logits).expand(count, -1), image_seeds(9, count)
-    a, b = mode_draws.draw(weights, seeds, 2, stratify=False).unbind(1)
+    weights, seeds = class_weights(logits).expand(count, -1), image_seeds(9, count)
+    a, b = draw_classes(weights, seeds, 2, stratify=False).unbind(1)
     assert_binomial(np.bincount(a * 3 + b, minlength=9), count, (p[:, None] * p).flatten().numpy())
-    a, b = mode_draws.draw(weights, seeds, 2).unbind(1)
+    a, b = draw_classes(weights, seeds, 2).unbind(1)
     with pytest.raises(AssertionError):  # in strata they are not
         assert_binomial(np.bincount(a * 3 + b, minlength=9), count, (p[:, None] * p).flatten().numpy())
 
@@ -279,8 +288,8 @@ def test_a_mask_outside_its_class_becomes_the_likeliest_within(prediction, chann
     y = (toy_image(200, channels, *size, seed=5) > 0).float()
     logits = z if prediction == "y_0" else torch.where(y == 1, -z, z)
     modes = torch.arange(200) % 4
-    told = mode_draws.Told(None, modes, modes, edges)
-    found = told.fit(z > 0, y, logits, prediction)
+    told = ClassDenoiser(None, modes, modes, edges)
+    found = told.fit(Trajectory(z > 0, y, logits, prediction)).masks
     score = torch.einsum("ncij,mcij->nm", z.double(), every.double())
     score[classes[None] != modes[:, None]] = -torch.inf
     assert torch.equal(found, every[score.argmax(1)].bool())
@@ -291,13 +300,13 @@ def test_where_the_host_does_not_know_the_classes_masks_are_the_same(model, img,
     """As on a GPU: the network is asked about all masks, and those that are empty are emptied after."""
     expected = draw(model, img, prediction=prediction, return_probability=True)
     model.network.rows.clear()
-    made = mode_draws.Told.__init__
+    made = ClassDenoiser.__init__
 
     def blind(self, *arguments):
         made(self, *arguments)
         self.rows = None
 
-    monkeypatch.setattr(mode_draws.Told, "__init__", blind)
+    monkeypatch.setattr(ClassDenoiser, "__init__", blind)
     found = draw(model, img, prediction=prediction, return_probability=True)
     assert model.network.rows == [48] * 5
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -309,7 +318,7 @@ def test_several_steps_at_once_draw_the_same_masks(model, img, prediction, max_b
     """Those of one step after another: with the classes as the host knows them, and as on a GPU."""
     options = dict(prediction=prediction, return_probability=True, return_modes=True, method="ddpm")
     expected = draw(model, img, **options)
-    made = mode_draws.Told.__init__
+    made = ClassDenoiser.__init__
 
     def blind(self, *arguments):
         made(self, *arguments)
@@ -317,7 +326,7 @@ def test_several_steps_at_once_draw_the_same_masks(model, img, prediction, max_b
 
     for blinded in (False, True):
         if blinded:
-            monkeypatch.setattr(mode_draws.Told, "__init__", blind)
+            monkeypatch.setattr(ClassDenoiser, "__init__", blind)
         model.network.rows.clear()
         found = draw(model, img, parallel=3, max_batch=max_batch, **options)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -328,8 +337,9 @@ def test_a_mask_of_its_class_is_left_alone():
     """Also where the last step was drawn, so that it is not the likeliest."""
     masks = (toy_image(40, 1, 6, 6) > 0.5).clone()
     modes = size_class(masks, EDGES)
-    told = mode_draws.Told(None, modes, modes, EDGES)
-    assert torch.equal(told.fit(masks.clone(), masks.float(), toy_image(40, 1, 6, 6, seed=1), "y_0"), masks)
+    told = ClassDenoiser(None, modes, modes, EDGES)
+    end = Trajectory(masks.clone(), masks.float(), toy_image(40, 1, 6, 6, seed=1), "y_0")
+    assert torch.equal(told.fit(end).masks, masks)
 
 
 # ---------------------------------------------------------------------- a U-Net, and files

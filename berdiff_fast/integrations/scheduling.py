@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from berdiff_fast import checks, ops
-from berdiff_fast.sampler import FINALS
+from berdiff_fast.sampling import FINALS
 from berdiff_fast.schedule import SPACINGS, NoiseSchedule
 
 #: Names of ``NoiseSchedule``.

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from berdiff_fast import checks
+from berdiff_fast.backends.reference import exp_negative
 from berdiff_fast.network.unet import Float32GroupNorm
 from berdiff_fast.network.window import center_distance, middle, surroundings
 
@@ -25,6 +26,9 @@ EDGES = (16, 32, 64, 128, 256)
 
 #: The most classes that the draw's integers are wide enough for (``docs/draw.md``, section 11).
 MOST_CLASSES = 64
+
+#: A class that is as likely as the likeliest one has this weight.
+LIKELIEST = 2**24
 
 
 def check_edges(name: str, edges: Any) -> tuple[int, ...]:
@@ -267,3 +271,53 @@ def _symmetric(img: torch.Tensor, count: int) -> list[torch.Tensor]:
     if count == 8 and img.shape[-1] == img.shape[-2]:
         found += [x.transpose(-2, -1) for x in found]
     return found
+
+
+# ---------------------------------------------------------------------- p(c | x), in whole numbers
+
+
+def class_logits(prior: ModePrior, img: torch.Tensor) -> torch.Tensor:
+    """What the prior says of images (B, C, H, W): float32 (B, classes).
+
+    On a CPU it sees one image at a time, so that no image's classes depend on the others.
+    """
+    training = [module for module in prior.modules() if module.training]
+    dtype = next(prior.parameters()).dtype
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad(), torch.autocast(img.device.type, enabled=False):
+            x = img.to(dtype)
+            return prior(x) if x.is_cuda else torch.cat([prior(x[i : i + 1]) for i in range(len(x))])
+    finally:
+        for module in training:
+            module.training = True
+
+
+def class_weights(logits: torch.Tensor, allowed: Sequence[int] | None = None) -> torch.Tensor:
+    """Whole numbers in proportion to the probabilities of the classes; those not ``allowed`` have none.
+
+    W_c = floor(2^24 E(max z - z_c)), with E(z) = exp(-z) of the draw contract: equal logits give equal weights on every
+    device.
+
+    Args:
+        logits: (B, classes) float32.
+
+    Returns:
+        int64 (B, classes).
+    """
+    z = logits.float()
+    chosen = range(z.shape[1]) if allowed is None else allowed
+    columns = {c: z[:, c] for c in chosen}
+    most = torch.stack(list(columns.values())).amax(0)
+    none = torch.zeros_like(most, dtype=torch.int64)
+    of_class = [
+        (exp_negative(most - columns[c]) * LIKELIEST).long() if c in columns else none for c in range(z.shape[1])
+    ]
+    return torch.stack(of_class, dim=1)
+
+
+def class_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """p(c | x) as classes are drawn from it: float32 (B, classes)."""
+    found = class_weights(logits).double()
+    return (found / found.sum(1, keepdim=True)).float()

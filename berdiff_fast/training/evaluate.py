@@ -22,7 +22,7 @@ from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.files import remove_link, write_bytes, write_text
 from berdiff_fast.model import BerDiff
 from berdiff_fast.network.unet import check_size
-from berdiff_fast.sampler import Sampler, sample
+from berdiff_fast.sampling import Sampler, sample
 from berdiff_fast.training import findings
 
 #: What is told of every slice; see ``metrics``.

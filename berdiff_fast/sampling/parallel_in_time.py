@@ -22,8 +22,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from berdiff_fast import ops
+from berdiff_fast.sampling import arguments
+from berdiff_fast.sampling.chunks import Chunk
+from berdiff_fast.sampling.denoisers import Denoiser
+from berdiff_fast.sampling.loop import Trajectory
+from berdiff_fast.sampling.plan import Plan
 
 logger = logging.getLogger("berdiff_fast")
 
@@ -88,3 +96,49 @@ def _unchanged(before: list[torch.Tensor], after: list[torch.Tensor]) -> int:
         return 0
     equal = (torch.stack(before) == torch.stack(after)).flatten(1).all(1)
     return int(equal.cumprod(0).sum())
+
+
+def draw_masks(
+    plan: Plan,
+    coefficients: torch.Tensor,
+    denoiser: Denoiser,
+    chunk: Chunk,
+    flags: torch.Tensor,
+    window: int,
+    return_probability: bool = False,
+    advance: Callable[[int], None] = lambda mask_steps: None,
+) -> Trajectory:
+    """Draw the masks of a chunk, up to ``window`` steps of each in one call of the network.
+
+    Arguments, result and masks are those of ``loop.draw_masks``; logits of the result are of y_0.
+    """
+    condition = denoiser.condition(chunk.img, chunk.images_of_rows)
+    rule: dict[str, Any] = dict(prediction="y_0", backend=plan.backend)
+
+    def predict(states: torch.Tensor, steps: slice) -> torch.Tensor:
+        logits = denoiser(states, steps, condition)
+        if steps.start == 0:
+            arguments.check_logits(logits, states)
+        # y_0 = y_t xor epsilon; the rule turns the sign back, so that the bits are those of epsilon's logits.
+        return torch.where(states == 0, logits, -logits) if plan.prediction == "epsilon" else logits
+
+    def draw(y: torch.Tensor, logits: torch.Tensor, step: int, flag: torch.Tensor) -> torch.Tensor:
+        return ops.sample_step(
+            y,
+            logits,
+            chunk.seeds,
+            coefficients[step],
+            plan.timesteps[step],
+            threshold=plan.threshold(step),
+            dtype=plan.dtype(step, y.dtype),
+            nan_flag=flag,
+            **rule,
+            **chunk.numbering,
+        )
+
+    noise = ops.initial_noise(
+        chunk.seeds, chunk.mask_shape, rows=chunk.rows, dtype=chunk.img.dtype, backend=plan.backend, **chunk.numbering
+    )
+    masks, state, logits = trajectory(noise, len(plan.timesteps), window, predict, draw, flags, advance)
+    probability = ops.posterior(state, logits, coefficients[plan.last], **rule) if return_probability else None
+    return Trajectory(masks, state, logits, "y_0", probability)
