@@ -42,7 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: berdiff-fast demo --output demo.png --seed 7",
     )
     command.add_argument("--output", default="demo.png", help="the picture (default: %(default)s)")
-    command.add_argument("--data", help="HDF5 file of slices with raters' masks (default: procedural slices)")
+    command.add_argument("--data", help="HDF5 file of slices with raters' masks (default: CT that comes along)")
+    command.add_argument("--phantoms", action="store_true", help="procedural slices instead of CT")
     command.add_argument("--slices", type=int, default=3, help="how many slices (default: %(default)s)")
     command.add_argument("-n", "--n", type=int, default=16, help="masks per slice (default: %(default)s)")
     command.add_argument("--steps", type=int, default=10, help="sampling steps (default: %(default)s)")
@@ -419,6 +420,7 @@ def _demo(options: argparse.Namespace) -> int:
     result = demo.run(
         options.output,
         data=options.data,
+        phantoms=options.phantoms,
         slices=options.slices,
         n=options.n,
         steps=options.steps,

@@ -13,11 +13,11 @@ import torch
 
 from berdiff_fast import checks, metrics, ops
 from berdiff_fast.backends import select
-from berdiff_fast.data import phantom
+from berdiff_fast.data import lidc, phantom
 from berdiff_fast.model import BerDiff, load
 from berdiff_fast.sampling import sample
 
-#: Trained on patients (docs/model_card.md), so procedural slices are nothing it has seen; they need no data.
+#: Trained on other patients than those shown (docs/model_card.md).
 MODEL = "lidc"
 
 #: Seed of the procedural slices, and their size in pixels.
@@ -51,6 +51,7 @@ def run(
     output: str | os.PathLike[str] = "demo.png",
     *,
     data: str | os.PathLike[str] | None = None,
+    phantoms: bool = False,
     slices: int = 3,
     n: int = 16,
     steps: int = 10,
@@ -63,7 +64,8 @@ def run(
     Args:
         output: the picture's path.
         data: an HDF5 file of slices (docs/data.md), of which the seed draws some that two raters or more marked; by
-            default procedural slices, which need no data.
+            default the CT slices of LIDC-IDRI that come with the package (``data.lidc``).
+        phantoms: procedural slices instead.
         slices, n, steps, seed, backend, progress: how many slices; the rest as in ``sample``.
 
     Raises:
@@ -80,7 +82,12 @@ def run(
     checks.integer("slices", slices, 1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(MODEL).to(device)
-    images, raters, labels = _phantoms(slices) if data is None else _from_file(data, slices, seed, model)
+    if phantoms and data is not None:
+        raise ValueError("phantoms and data exclude each other: which slices are to be shown?")
+    if data is not None:
+        images, raters, labels = _from_file(data, slices, seed, model)
+    else:
+        images, raters, labels = _phantoms(slices) if phantoms else _patients(slices)
     img = model.preprocess(images).to(device)
     start = time.perf_counter()
     masks = sample(model, img, n=n, steps=steps, seed=seed, backend=backend, progress=progress)
@@ -96,7 +103,7 @@ def run(
         images[:, 0].float(),
         masks[:, :, 0],
         raters=raters[:, :, 0],
-        title=f"{n} plausible masks in {steps} steps",
+        title=f"{n} plausible masks in {steps} steps" + ("" if phantoms or data else f". {lidc.ATTRIBUTION}"),
         labels=labels,
     )
     return Result(
@@ -109,6 +116,16 @@ def run(
         ged=float(metrics.generalized_energy_distance(raters, masks).mean()),
         majority_ged=float(metrics.generalized_energy_distance(raters, majority).mean()),
     )
+
+
+def _patients(slices: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    cases = lidc.load()
+    if slices > len(cases.names):
+        raise ValueError(
+            f"slices must be at most the {len(cases.names)} that come with the package, got {slices}; "
+            "data and phantoms have more"
+        )
+    return cases.images[:slices], cases.raters[:slices], cases.names[:slices]
 
 
 def _phantoms(slices: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:

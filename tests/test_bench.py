@@ -193,3 +193,13 @@ def test_cases_can_be_added_to_a_run(tmp_path, monkeypatch):
     assert second == json.loads(path.read_text()) and second["ceilings"] == {"copy_bytes_per_second": 2e9}
     with pytest.raises(ValueError, match="append: .* is of another machine, date"):
         report.measure(cases_, settings, path, former={**first, "date": "2020-01-01"}, progress=False)
+
+
+def test_rows_that_may_not_be_compared_say_so():
+    """A spread over a half is named; what leaves the network out is not said to be thousands of times as fast."""
+    row = {"seconds": 1e-3, "spread": 7.98, "speedup": 4799.0}
+    case = {"case": "c", "baseline": "b", "flops": 0, "bytes": 0}
+    case["contenders"] = [{"name": "ours, without the network", **row}, {"name": "ours", **row, "spread": 0.5}]
+    without, ours = report._table({"ceilings": {}}, case).splitlines()[-2:]
+    assert "798% (unsteady)" in without and "4799" not in without
+    assert "unsteady" not in ours and "4799.00" in ours

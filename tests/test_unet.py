@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from support import golden_path
 from torch import nn
 
 from berdiff_fast.network.official import (
@@ -34,18 +35,10 @@ from berdiff_fast.network.unet import (
     timestep_embedding,
 )
 
-GOLDEN = Path(__file__).resolve().parents[1] / ".." / "shared" / "golden"
 #: The smallest network that has every kind of layer.
 SMALL = dict(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,))
 #: The arguments the published LIDC model was trained with; they are not the defaults of its scripts.
 LIDC = dict(image_size=128, attention_resolutions="16", use_scale_shift_norm=False)
-
-
-def golden(name: str) -> Path:
-    path = GOLDEN / name
-    if not path.exists():
-        pytest.skip(f"values of the published code are not here: shared/golden/{name}")
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +48,7 @@ def seeded():
 
 @pytest.fixture(scope="module")
 def published():
-    path = golden("unet_concat.safetensors")
+    path = golden_path("unet_concat.safetensors")
     with safe_open(path, "pt") as file:
         config = json.loads(file.metadata()["config"])
     tensors = safetensors.torch.load_file(path)
@@ -92,7 +85,7 @@ def test_probabilities_are_the_published_ones(published):
 
 
 def test_published_names_and_shapes():
-    expected = json.loads(golden("unet_lidc128_parameter_shapes.json").read_text())
+    expected = json.loads(golden_path("unet_lidc128_parameter_shapes.json").read_text())
     with torch.device("meta"):
         network = UNet(**unet_arguments(**LIDC))
     assert {name: list(value.shape) for name, value in network.state_dict().items()} == expected

@@ -21,6 +21,9 @@ from berdiff_fast.bench import ceilings
 from berdiff_fast.bench.runner import Case, Result, Settings, run
 from berdiff_fast.files import write_text
 
+#: A spread (interquartile range over median) from which on a row says so: its median may not come again.
+UNSTEADY = 0.5
+
 #: Tables go between these lines of a Markdown file.
 _MARKED = re.compile(r"(<!-- bench: (?P<groups>[\w ]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
@@ -106,8 +109,10 @@ def _table(report: dict[str, Any], case: dict[str, Any]) -> str:
         if "seconds" not in row:
             lines.append(f"| {name} | {row['why_not']} |" + " |" * (len(head) - 2))
             continue
-        speedup = f"{row['speedup']:.2f}" if "speedup" in row else ""  # the baseline may not have run
-        cells = [name, _seconds(row["seconds"]), f"{row['spread']:.0%}", speedup]
+        # The baseline may not have run; and what leaves out most of the work is no faster way to do it.
+        speedup = f"{row['speedup']:.2f}" if "speedup" in row and _same_work(row) else ""
+        unsteady = " (unsteady)" if row["spread"] > UNSTEADY else ""
+        cells = [name, _seconds(row["seconds"]), f"{row['spread']:.0%}{unsteady}", speedup]
         if share:
             cells.append(f"{_share(report, case, row):.0%}" if _comparable(row) else "")
         if memory:
@@ -116,9 +121,14 @@ def _table(report: dict[str, Any], case: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _same_work(row: dict[str, Any]) -> bool:
+    """Whether it does the case's work, and not the sampler's part of it alone."""
+    return "without the network" not in row["name"]
+
+
 def _comparable(row: dict[str, Any]) -> bool:
     """Whether it does the case's floating-point operations: not another network's, nor none."""
-    return "another network" not in row["name"] and "without the network" not in row["name"]
+    return _same_work(row) and "another network" not in row["name"]
 
 
 def _share(report: dict[str, Any], case: dict[str, Any], row: dict[str, Any]) -> float:
@@ -160,7 +170,7 @@ def plot(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
     # What leaves out most of the work would squeeze the rest into a corner; the tables have it.
     cases = [
-        (c, [r for r in c["contenders"] if "speedup" in r and "without the network" not in r["name"]])
+        (c, [r for r in c["contenders"] if "speedup" in r and _same_work(r)])
         for c in report["cases"]
     ]
     cases = [(c, rows) for c, rows in cases if rows]
