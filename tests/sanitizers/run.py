@@ -131,9 +131,7 @@ def must_find(sanitizer: str, command: list[str], environment: dict[str, str]) -
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     words = PLANTED[sanitizer][2]
     if done.returncode == 0 or words not in done.stderr:
-        sys.exit(
-            f"sanitize: a planted fault ({words}) was not found (status {done.returncode}): {done.stderr[-2000:]}"
-        )
+        sys.exit(f"sanitize: a planted fault ({words}) was not found (status {done.returncode}): {done.stderr[-2000:]}")
 
 
 def run(command: list[str], what: str, environment: dict[str, str] | None = None, cwd: Path = ROOT) -> str:
