@@ -9,7 +9,7 @@ BASELINE ?= benchmarks/results/cpu-avx2-2026-11-23.json
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all bench docs style clean
+.PHONY: demo test test-all sanitize fuzz bench docs style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/berdiff-fast demo --output demo.png
@@ -23,6 +23,16 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(PYTEST) $(PYTEST_ARGS)
+
+# The CPU module under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; wants Linux and GCC.
+sanitize: $(VENV)/.test
+	$(BIN)/python tests/sanitizers/run.py
+
+# Every reader, fed with damaged files, for so many seconds.
+SECONDS ?= 60
+SEED ?= 0
+fuzz: $(VENV)/.test
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzzing --seconds $(SECONDS) --seed $(SEED)
 
 bench: $(VENV)/.test
 	mkdir -p benchmarks/results

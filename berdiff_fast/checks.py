@@ -52,5 +52,5 @@ def increasing_pair(name: str, value: Any) -> tuple[float, float]:
     except (TypeError, ValueError):
         good = False
     if not good:
-        raise ValueError(f"{name} must be (low, high), finite with low < high, got {value!r}")
+        raise ValueError(f"{name} must be (low, high), finite with low < high, got {value!r:.200}")
     return low, high

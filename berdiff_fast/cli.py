@@ -375,7 +375,7 @@ def _bench(options: argparse.Namespace) -> int:
     from berdiff_fast.bench.runner import Settings
 
     if options.source:
-        measured = json.loads(Path(options.source).read_text(encoding="utf-8"))
+        measured = report.read(options.source)
     else:
         device = options.device
         if device == "auto":
@@ -393,7 +393,7 @@ def _bench(options: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         settings = Settings(device, seconds=10.0 if options.quick else 60.0, contenders=options.contenders)
         file = folder / "bench.json"
-        former = json.loads(file.read_text(encoding="utf-8")) if options.append and file.is_file() else None
+        former = report.read(file) if options.append and file.is_file() else None
         measured = report.measure(chosen, settings, file, former=former)
         write_text(folder / "bench.md", report.tables(measured))
         try:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 #: Below this no file is suspected: 256 MiB.
 HARMLESS = 2**28
@@ -70,3 +72,14 @@ def available() -> int:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
             found.append(max(soft - used, 0))
     return min(found)
+
+
+def count(value: Any, known: dict[int, float]) -> float:
+    """How many values are in one, each alias counted as often as it stands there; without end if it holds itself."""
+    if not isinstance(value, (list, tuple, set, dict)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf  # until it is counted
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(count(part, known) for part in parts)
+    return known[id(value)]

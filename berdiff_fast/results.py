@@ -186,6 +186,8 @@ def report_again(
             as_private_as(new, volume)
     except (KeyError, TypeError, IndexError, RuntimeError) as error:
         raise ValueError(f"{root / SUMMARY} is not of results of berdiff-fast sample: {error!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{root / SUMMARY}: {error}") from None
     return root / "report.html"
 
 
@@ -214,6 +216,8 @@ def _report(
 
     axis, (first, last) = provenance["axis"], provenance["slices"]  # the slices that were sampled are those to be shown
     count = volume.array.shape[axis]
+    if not (0 <= axis <= 2 and 0 <= first < last <= count):
+        raise ValueError(f"slices must be some of the {count} along an axis, got {first} to {last} along {axis}")
     part = "" if last - first == count else f", slices {first + 1} to {last} of {count}"
     spacing = None if volume.spacing is None else [volume.spacing[2 - a] for a in (axis, *({0, 1, 2} - {axis}))]
     write_report(

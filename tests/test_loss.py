@@ -137,7 +137,7 @@ def test_against_the_published_values():
 
     def ours(**weights):
         pixels = [x.reshape(-1, 1) for x in (torch.logit(e), y_t, y_0)]
-        bits = ops.diffusion_loss(*pixels, t[:, None].expand(64, 256).reshape(-1), SCHEDULE, **weights)
+        bits = ops.diffusion_loss(*pixels, t[:, None].expand(len(t), 256).reshape(-1), SCHEDULE, **weights)
         return bits.reshape(e.shape) * math.log(2)
 
     values = golden("maths")
@@ -154,7 +154,7 @@ def test_against_the_published_values():
     our_kl = ours(bce_weight=0.0)
     assert (published(our_q, our_p, 0.0) - our_kl).abs().max() < 1e-9
     inside = torch.stack([q, 1 - q, p, 1 - p]).amin(0) > 0.01
-    assert inside.sum() > 2000
+    assert inside.sum() > 1000
     assert (our_kl - kl)[inside].abs().max() < 1e-6
 
     torch.testing.assert_close(ours(kl_weight=0.0), values["bce_nats"].double(), rtol=2e-7, atol=0)

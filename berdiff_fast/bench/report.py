@@ -20,6 +20,7 @@ from berdiff_fast import info
 from berdiff_fast.bench import ceilings
 from berdiff_fast.bench.runner import Case, Result, Settings, run
 from berdiff_fast.files import write_text
+from berdiff_fast.words import line
 
 #: A spread (interquartile range over median) from which on a row says so: its median may not come again.
 UNSTEADY = 0.5
@@ -76,6 +77,20 @@ def measure(
             print(_table(report, report["cases"][-1]), flush=True)
         torch.compiler.reset()  # compiled graphs keep their weights
     return report
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What was measured before.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it is not what ``measure`` writes.
+    """
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        tables(report)  # takes all that is relied on
+        return report
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{path} is not what berdiff-fast bench writes: {line(repr(error))}") from None
 
 
 def _source() -> str:

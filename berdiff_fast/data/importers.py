@@ -203,7 +203,9 @@ def import_tree(
         if one.patient in place:
             placed.append((place[one.patient], one))
         else:
-            problems.add(one.image, f"its patient {one.patient!r} is not in the split file")
+            problems.add(
+                one.image, f"its patient {one.patient!r} is not in the split file {Path(str(split_file)).name}"
+            )
 
     if rule is _OWN:
         notes.append("the splits are the source's own: seed plays no part without split")

@@ -161,13 +161,14 @@ def _plain(dataset: Any, data: bytes, keyword: str, shape: tuple[int, int, int],
 
 def _unpacked(dataset: Any, shape: tuple[int, int, int], syntax: Any) -> np.ndarray:
     from pydicom.dataset import FileDataset, FileMetaDataset
-    from pydicom.encaps import generate_frames
+    from pydicom.encaps import encapsulate, generate_frames
     from pydicom.uid import UID
 
     if syntax == _RLE:
         dataset.NumberOfFrames = shape[0]
         return np.asarray(dataset.pixel_array)
-    for frame in generate_frames(dataset.PixelData, number_of_frames=shape[0]):
+    frames = [*generate_frames(dataset.PixelData, number_of_frames=shape[0])]
+    for frame in frames:
         size = _size_within(frame)
         if size is not None and size != shape[1:]:
             raise ValueError(f"cannot be read: a compressed frame is {limits.by(size)}, not {limits.by(shape[1:])}")
@@ -187,7 +188,8 @@ def _unpacked(dataset: Any, shape: tuple[int, int, int], syntax: Any) -> np.ndar
     bare.BitsStored = int(dataset.get("BitsStored") or dataset.BitsAllocated)
     bare.HighBit = bare.BitsStored - 1
     bare.PixelRepresentation = int(dataset.get("PixelRepresentation") or 0)
-    bare.PixelData = dataset.PixelData
+    # As they were found, not as the file says: an item that is said to be longer than it is takes GDCM gigabytes.
+    bare.PixelData = encapsulate(frames)
     bare["PixelData"].is_undefined_length = True
     with tempfile.TemporaryDirectory() as folder, silence():
         path = Path(folder) / "pixels.dcm"

@@ -15,6 +15,7 @@ import os
 import struct
 import warnings
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 from berdiff_fast._optional import require
 from berdiff_fast.io import limits
 from berdiff_fast.io.volume import Format, Volume
-from berdiff_fast.io.words import silence
+from berdiff_fast.io.words import silence, without_chatter
 
 # Pillow's own words for it hold the path, which the caller names already.
 _WORDS = {"UnidentifiedImageError": "not a PNG, JPEG or TIFF"}
@@ -47,7 +48,8 @@ def read(path: Path) -> tuple[np.ndarray, bool]:
         ImportError: reading it needs a package that is not installed.
     """
     try:
-        array, lossy = _npy(path) if path.suffix.lower() == ".npy" else _picture(path)
+        with without_chatter():
+            array, lossy = _npy(path) if path.suffix.lower() == ".npy" else _picture(path)
     except (_NotGreyError, MemoryError, ImportError):
         raise
     except OSError as error:
@@ -127,7 +129,8 @@ def _picture(path: Path) -> tuple[np.ndarray, bool]:
         _check_alone(picture)
         lossy = picture.format in ("JPEG", "MPO")
         see_through = picture.info.get("transparency")
-        picture.load()
+        with silence() if picture.format == "TIFF" else nullcontext():  # libtiff prints what Pillow raises
+            picture.load()
         # A TIFF is turned as it is loaded.
         shown: Image.Image = picture if picture.format == "TIFF" else ImageOps.exif_transpose(picture)
         if shown.mode in ("L", "I", "F") or shown.mode.startswith("I;16"):

@@ -17,7 +17,7 @@ import numpy as np
 
 from berdiff_fast.io import dicom, dicom_pixels, formats
 from berdiff_fast.io.volume import Volume, affine, warn
-from berdiff_fast.io.words import line
+from berdiff_fast.io.words import line, without_chatter
 
 _SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
@@ -43,13 +43,15 @@ def read(paths: Sequence[str | os.PathLike[str] | Volume], scan: Volume) -> list
 
 def _read_one(path: Path, scan: Volume) -> Volume:
     path, name = _split(path)
-    kind = _kind(path)
+    with without_chatter():
+        kind = _kind(path)
     if kind is None:
         if name is not None:
             raise ValueError(f"raters: {path} is no DICOM segmentation or RTSTRUCT, so nothing in it is named {name!r}")
         return onto(formats.read(path), scan)
     try:
-        mask = (_contoured if kind == _RTSTRUCT else _segmented)(path, name, scan)
+        with without_chatter():
+            mask = (_contoured if kind == _RTSTRUCT else _segmented)(path, name, scan)
     except ImportError:
         raise
     except Exception as error:  # of what it is fed, pydicom raises anything

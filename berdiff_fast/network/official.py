@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -190,7 +191,9 @@ def _read_file(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that torch did not write; they are read or refused
+            return torch.load(path, map_location="cpu", weights_only=True)
     # A damaged file can fail anywhere in the readers, with almost any exception. The cause is left out of the
     # traceback because torch's text recommends to load the file again and let it run code.
     except Exception as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from berdiff_fast import checks, words
+from berdiff_fast import checks, limits, words
 from berdiff_fast.data.examples import Augmentation
 from berdiff_fast.model import BerDiff, Preprocessing
 from berdiff_fast.network.prior import EDGES, ModePrior
@@ -321,7 +321,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{file} must have at most {_MOST_BYTES} bytes, got {file.stat().st_size}")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        said = _count(values, {})
+        said = limits.count(values, {})
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file} is not YAML: {words.line(error)}") from error
     if said > _MOST_VALUES:
@@ -335,17 +335,6 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 #: Of a YAML file, and of what it says once each alias is written out: far more than a config has.
 _MOST_BYTES, _MOST_VALUES = 2**20, 10_000
-
-
-def _count(value: Any, known: dict[int, float]) -> float:
-    """How many values are in one, each alias counted as often as it stands there; without end if it holds itself."""
-    if not isinstance(value, (list, tuple, set, dict)):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = math.inf  # until it is counted
-        parts = [*value, *value.values()] if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
-    return known[id(value)]
 
 
 def bundled_configs() -> list[str]:
@@ -375,7 +364,14 @@ def from_arguments(options: argparse.Namespace) -> TrainConfig:
     """The run that was asked for: defaults, then the YAML file, then the command line."""
     values = read_yaml(options.config) if options.config else {}
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(options, f.name)}
-    return TrainConfig.from_dict({**values, **given})
+    try:
+        return TrainConfig.from_dict({**values, **given})
+    except (TypeError, ValueError) as error:
+        try:
+            TrainConfig.from_dict(given)
+        except (TypeError, ValueError):
+            raise error from None  # of the command line, whatever the file says
+        raise type(error)(f"{options.config}: {error}") from None
 
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:
@@ -393,7 +389,7 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         return checks.integer(name, value)
     if kind in (bool, str):
         if not isinstance(value, kind):
-            raise TypeError(f"{name} must be {'true or false' if kind is bool else 'a string'}, got {value!r}")
+            raise TypeError(f"{name} must be {'true or false' if kind is bool else 'a string'}, got {value!r:.200}")
         return value
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a list, got {value!r:.200}")

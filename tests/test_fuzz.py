@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A short fuzz of every reader with a fixed seed, and faults that fuzzing found. ``make fuzz`` goes on for longer."""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+for name in ("accelerate", "highdicom", "nibabel", "pydicom", "SimpleITK", "tifffile", "yaml"):
+    pytest.importorskip(name, reason=f"{name} is not installed")
+if not os.path.isdir("/proc/self"):
+    pytest.skip("processes are watched through /proc", allow_module_level=True)
+
+from fuzzing.corpus import FOLDER
+from fuzzing.readers import READERS, Reader
+from fuzzing.run import Mutant, found_before, judge, load_libraries, make, sound
+
+from berdiff_fast.bench import report as bench_report
+from berdiff_fast.imaging import volumes
+from berdiff_fast.results import report_again
+from berdiff_fast.training import config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries():
+    load_libraries()
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_sound_files_and_some_mutants(reader):
+    """Each is read or refused in one line that names it, in a process that does not die."""
+    for mutant in sound(reader):
+        assert judge(mutant).kind == READERS[reader].known, mutant.name
+    for number in range(8):
+        outcome = judge(make(20, reader, number))
+        assert outcome.kind != "wrong", (f"20:{reader}:{number}", outcome.fault)
+
+
+def test_a_mutant_is_made_again_by_its_name():
+    assert make(5, "nifti", 3) == make(5, "nifti", 3) != make(5, "nifti", 4)
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "read, fault",
+    [
+        (lambda path: os.abort(), "killed by SIGABRT"),
+        (lambda path: os._exit(0), "ended the process"),
+        (lambda path: _raise(KeyError("x")), "raised KeyError"),
+        (lambda path: _raise(ValueError("it is damaged somewhere")), "did not name the file"),
+        (lambda path: _raise(ValueError(f"{path}: two\nlines of words")), "said more than a line"),
+        (lambda path: os.write(2, b"a warning of a library"), "printed"),
+        (lambda path: _raise(AssertionError("other voxels")), "raised AssertionError"),
+        (lambda path: np.ones(2**28).sum(), "took more than 1074 MB"),
+    ],
+)
+def test_each_fault_is_seen(monkeypatch, read, fault):
+    """The judge itself: what it never finds fault with would tell nothing."""
+    monkeypatch.setitem(READERS, "nifti", Reader(READERS["nifti"].seeds, read, ()))
+    outcome = judge(Mutant("it", "nifti", FOLDER / "nifti" / "scan.nii", b"x"))
+    assert outcome.kind == "wrong"
+    assert outcome.fault.startswith(fault)
+
+
+# ---------------------------------------------------------------------- what was found
+
+
+@pytest.mark.parametrize("name, mutant", found_before(), ids=lambda x: x if isinstance(x, str) else "")
+def test_mutants_that_something_was_wrong_with(name, mutant):
+    """``20-dicom-5``: a JPEG whose item is said to be longer than the file took GDCM more than a gigabyte."""
+    outcome = judge(mutant)
+    assert outcome.kind != "wrong", outcome.fault
+
+
+@pytest.mark.parametrize("text", ["stepq: 3\n", "steps: 0\n", "flip: [1]\n", "window: [5, 4]\n"])
+def test_a_config_file_is_named(tmp_path, text):
+    from berdiff_fast import cli
+
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    words = ["train", "--config", str(path), "--train-data", "data.h5", "--output", "run"]
+    with pytest.raises((ValueError, TypeError)) as caught:
+        config.from_arguments(cli.build_parser().parse_args(words))
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"machine": 3}', "\xff"])
+def test_what_bench_did_not_write_is_named(tmp_path, text):
+    path = tmp_path / "bench.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError) as caught:
+        bench_report.read(path)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("key, value", [("slices", [0, -1]), ("slices", [1, 1]), ("slices", [0, 9]), ("axis", -1)])
+def test_a_report_of_slices_that_are_not_there(tmp_path, key, value):
+    for file in (FOLDER / "results").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    summary = json.loads((tmp_path / "summary.json").read_bytes())
+    (tmp_path / "summary.json").write_text(json.dumps({**summary, key: value}))
+    with pytest.raises(ValueError, match="slices must be some of") as caught:
+        report_again(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path / "summary.json"))
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_libtiff_prints_nothing(tmp_path, capfd):
+    data = (FOLDER / "pictures" / "packed.tif").read_bytes()
+    path = tmp_path / "cut.tif"
+    path.write_bytes(data[:8] + b"\x80\x10" + bytes(60) + data[70:])
+    with pytest.raises(ValueError, match="cannot be read"):
+        volumes.read(path)
+    assert capfd.readouterr().err == ""
