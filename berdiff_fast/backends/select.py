@@ -7,13 +7,15 @@ import importlib
 import importlib.util
 import logging
 import os
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from berdiff_fast import choices
+
 logger = logging.getLogger("berdiff_fast")
 
-BACKENDS = ("cuda", "cpp", "triton", "reference")
+BACKENDS = get_args(choices.Backend)
 
 #: What ``auto`` tries, in this order. Triton's interpreter is for tests, so a CPU never gets it unasked.
 _CANDIDATES = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
