@@ -212,3 +212,34 @@ def test_numpys_numbers_are_welcome():
     made = TrainConfig(steps=np.int64(3), learning_rate=np.float32(0.5), channel_mult=[np.int32(1)])
     assert type(made.optimiser.steps) is int and type(made.optimiser.learning_rate) is float
     assert type(made.network.channel_mult[0]) is int and bf.NoiseSchedule("linear", made.diffusion.timesteps)
+
+
+def test_a_checkpoint_from_before_there_were_sections(tmp_path):
+    """Its header has the flat config, which a sectioned one goes on from; what matters is still compared."""
+    pytest.importorskip("accelerate", reason="the trainer needs accelerate")
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from support import phantom_file
+
+    from berdiff_fast import digests
+    from berdiff_fast.training import checkpoints, loop
+
+    tiny = dict(channel_mult=[1], patch_size=4, norm_groups=8, attention_resolutions=[], batch_size=4, warmup=2)
+    tiny |= dict(train_data=str(phantom_file(tmp_path / "t.h5", 0, 8)), device="cpu", tensorboard=False, quiet=True)
+    whole = loop.train(TrainConfig(output=str(tmp_path / "whole"), steps=8, checkpoint_every=4, keep=9, **tiny))
+    folder = tmp_path / "old" / "checkpoints"
+    folder.mkdir(parents=True)
+    name = "step-00000004.safetensors"
+    with safe_open(tmp_path / "whole" / "checkpoints" / name, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    former = {**FORMER_DEFAULTS, **tiny, "output": "elsewhere", "steps": 8, "checkpoint_every": 4, "keep": 9}
+    header = {"format": 1, "step": 4, "config": former, "extra": {"scaler": {}}}
+    save_file(tensors, folder / name, metadata={checkpoints._KEY: digests.seal(header, tensors)})
+    changed = TrainConfig(output=str(tmp_path / "old"), steps=8, learning_rate=0.5, **tiny)
+    with pytest.raises(ValueError, match=r"optimiser\.learning_rate was 0\.001 and is 0\.5"):
+        loop.train(changed)
+    again = loop.train(TrainConfig(output=str(tmp_path / "old"), steps=8, **tiny))
+    with safe_open(whole, framework="pt") as one, safe_open(again, framework="pt") as two:
+        assert list(one.keys()) == list(two.keys())
+        assert all(torch.equal(one.get_tensor(key), two.get_tensor(key)) for key in one.keys())  # noqa: SIM118
