@@ -46,7 +46,7 @@ from berdiff_fast.data.batches import Batches
 from berdiff_fast.data.examples import TrainingExamples
 from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.files import write_text
-from berdiff_fast.training import loop
+from berdiff_fast.training import loop, setup
 from berdiff_fast.training.average import Average
 from berdiff_fast.training.config import TrainConfig, read_yaml
 
@@ -180,9 +180,9 @@ def lidc_loop(config: TrainConfig, seconds: float) -> dict:
         watcher.join()
     speeds = [json.loads(line)["images_per_second"] for line in lines()][1:]
     return {
-        "batch": config.batch_size,
-        "precision": config.precision,
-        "compile": config.compile,
+        "batch": config.optimiser.batch_size,
+        "precision": config.optimiser.precision,
+        "compile": config.optimiser.compile,
         "images_per_second": statistics.median(speeds),
         "from": min(speeds),
         "to": max(speeds),
@@ -210,13 +210,18 @@ def parts(args: argparse.Namespace, data: Path, folder: Path) -> list[dict]:
     of tensors) and as it is."""
     device = torch.device(args.device)
     config = settings(args, data, folder / "none", args.batch_sizes[0], "fp32")
-    batch = config.batch_size
+    batch = config.optimiser.batch_size
     torch.manual_seed(0)
-    model = config.build_model(1, 1, (128, 128)).to(device)
+    model = setup.build_model(config, 1, 1, (128, 128)).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = model.network
     examples = TrainingExamples(
-        RaterDataset(data, in_memory=True), model.preprocessing, 1000, 0, config.augmentation(), config.crop
+        RaterDataset(data, in_memory=True),
+        model.preprocessing,
+        1000,
+        0,
+        setup.augmentation(config),
+        config.augmentation.crop,
     )
     loader = DataLoader(examples, batch_sampler=BatchSampler(range(10**9), batch, drop_last=True))
     one_by_one = iter(loader)

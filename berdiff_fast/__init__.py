@@ -4,25 +4,26 @@
 >>> import berdiff_fast as bf
 >>> model = bf.load("phantom64")
 >>> masks = bf.sample(model, model.preprocess(raw), n=16, steps=10, seed=7)   # bool (B, 16, 1, H, W)
+
+Names are imported when they are first used (PEP 562), so that the command line answers without torch.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
 
-from berdiff_fast import data, imaging, metrics, ops, rng
-from berdiff_fast.backends.select import BackendUnavailableError
-from berdiff_fast.imaging import figures
-from berdiff_fast.imaging.summary import summarize
-from berdiff_fast.model import BerDiff, Preprocessing, bundled_models, load, load_official
-from berdiff_fast.network.unet import UNet
-from berdiff_fast.rng import DRAW_CONTRACT, image_seeds
-from berdiff_fast.sampling import Sampler, sample
-from berdiff_fast.scans import sample_until, sample_volume
-from berdiff_fast.schedule import NoiseSchedule
-
-try:
-    __version__ = version("berdiff_fast")
-except PackageNotFoundError:  # the sources are imported without having been installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from berdiff_fast import data, imaging, metrics, ops, rng
+    from berdiff_fast._version import __version__
+    from berdiff_fast.backends.select import BackendUnavailableError
+    from berdiff_fast.imaging import figures
+    from berdiff_fast.imaging.summary import summarize
+    from berdiff_fast.model import BerDiff, Preprocessing, bundled_models, load, load_official
+    from berdiff_fast.network.unet import UNet
+    from berdiff_fast.rng import DRAW_CONTRACT, image_seeds
+    from berdiff_fast.sampling import Sampler, sample
+    from berdiff_fast.scans import sample_until, sample_volume
+    from berdiff_fast.schedule import NoiseSchedule
 
 __all__ = [
     "DRAW_CONTRACT",
@@ -48,3 +49,46 @@ __all__ = [
     "sample_volume",
     "summarize",
 ]
+
+#: The module that each public name lives in; any other name is that of a module of the package.
+_HOMES = {
+    "__version__": "_version",
+    "BackendUnavailableError": "backends.select",
+    "BerDiff": "model",
+    "DRAW_CONTRACT": "rng",
+    "NoiseSchedule": "schedule",
+    "Preprocessing": "model",
+    "Sampler": "sampling",
+    "UNet": "network.unet",
+    "bundled_models": "model",
+    "figures": "imaging",
+    "image_seeds": "rng",
+    "load": "model",
+    "load_official": "model",
+    "sample": "sampling",
+    "sample_until": "scans",
+    "sample_volume": "scans",
+    "summarize": "imaging.summary",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value  # found at once the next time
+        return value
+    module = f"{__name__}.{name}"
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:  # the module is there, and something that it needs is not
+            raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if "torch" in sys.modules:  # whoever has torch expects torch.ops.berdiff_fast from now on
+    importlib.import_module(f"{__name__}.ops")

@@ -11,15 +11,15 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from berdiff_fast import checks
+from berdiff_fast import checks, choices
 
 #: Samplers: each is a rule to flip bits, see ``NoiseSchedule.step_table``.
-METHODS = ("ddim", "ddpm", "d3pm")
+METHODS = get_args(choices.Method)
 #: Columns of ``NoiseSchedule.loss_table``: six for epsilon = 0, the same for epsilon = 1, and two weights.
 LOSS_COLUMNS = (
     *("total_0", "ratio_0", "over_0", "under_0", "p_over_0", "p_under_0"),
@@ -28,7 +28,7 @@ LOSS_COLUMNS = (
 )
 #: Columns of one epsilon.
 LOSS_CASE = LOSS_COLUMNS.index("total_1")
-SPACINGS = ("uniform", "quadratic", "trailing", "trailing-quadratic")
+SPACINGS = get_args(choices.Spacing)
 
 _OFFSET = 0.008
 _MAX_BETA = 0.999

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make docs/teaser.png, the first picture of the README: three CT slices with their readers and sampled masks.
 
-    python scripts/make_teaser.py [PNG]
+python scripts/make_teaser.py [PNG]
 """
 
 import sys
@@ -29,7 +29,9 @@ columns = 1 + 4 + SHOWN + 1
 figure = Figure(figsize=(columns * 1.06, ROWS * 1.06 + 0.3), dpi=150, facecolor="white")
 FigureCanvasAgg(figure)
 grid = figure.subplots(ROWS, columns, squeeze=False)
-figure.subplots_adjust(left=0.004, right=0.996, top=1 - 0.3 / (ROWS * 1.06 + 0.3), bottom=0.008, wspace=0.04, hspace=0.04)
+figure.subplots_adjust(
+    left=0.004, right=0.996, top=1 - 0.3 / (ROWS * 1.06 + 0.3), bottom=0.008, wspace=0.04, hspace=0.04
+)
 for i in range(ROWS):
     ct = cases.images[i, 0, MIDDLE, MIDDLE]
     outlines = [(None, INK)]

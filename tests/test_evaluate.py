@@ -70,7 +70,7 @@ def test_what_is_written(data, model_file, tmp_path, capsys):
 def test_parquet_and_a_choice_of_slices(data, model_file, tmp_path, capsys):
     parquet = pytest.importorskip("pyarrow.parquet")
     words = ["--model", model_file, "--data", str(data.path), "--output", str(tmp_path), "--n", "2", "--steps", "2"]
-    assert cli.main(["evaluate", *words, "--slices", "4", "--table", "parquet", "--json", "--device", "cpu"]) == 0
+    assert cli.main(["evaluate", *words, "--slice-count", "4", "--table", "parquet", "--json", "--device", "cpu"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["indices"] == evaluate.choose(10, 4, 0) and len(set(summary["indices"])) == 4
     table = parquet.read_table(tmp_path / "slices.parquet").to_pylist()

@@ -139,7 +139,7 @@ def test_one_patient_has_no_interval(slices, model_file, tmp_path, capsys):
     assert "without an interval" in text and "95 % interval" not in text
     # One slice of a file without names is one group, too.
     nameless = changed(slices, tmp_path / "nameless.h5", drop=["patient_id"])
-    summary, _, text = run(model_file, nameless, tmp_path / "single", capsys, 2, "--slices", "1")
+    summary, _, text = run(model_file, nameless, tmp_path / "single", capsys, 2, "--slice-count", "1")
     assert summary["model"]["interval_95"]["ged"] is None and "without an interval" in text
 
 

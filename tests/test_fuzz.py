@@ -22,7 +22,6 @@ from fuzzing.run import Mutant, found_before, judge, load_libraries, make, sound
 from berdiff_fast.bench import report as bench_report
 from berdiff_fast.imaging import volumes
 from berdiff_fast.results import report_again
-from berdiff_fast.training import config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,9 +84,9 @@ def test_a_config_file_is_named(tmp_path, text):
 
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    words = ["train", "--config", str(path), "--train-data", "data.h5", "--output", "run"]
+    words = ["--config", str(path), "--train-data", "data.h5", "--output", "run"]
     with pytest.raises((ValueError, TypeError)) as caught:
-        config.from_arguments(cli.build_parser().parse_args(words))
+        cli.command("train").parse("berdiff-fast train", words).checked()
     assert str(caught.value).startswith(str(path))
 
 

@@ -1006,7 +1006,7 @@ def test_command(tree, out, capsys):
 
 def test_command_options(tree, out, capsys):
     plain_tree(tree, {k: (v[0].astype(np.int16) * 8 - 1000, v[1]) for k, v in pictures().items()}, ".npy")
-    options = ["--layout", "plain", "--window", "-1000", "400", "--size", "6", "8", "--crop", "--raters", "5"]
+    options = ["--layout", "plain", "--window", "-1000", "400", "--size", "6", "8", "--crop", "--rater-count", "5"]
     options += ["--missing-mask", "empty", "--seed", "2", "--split", "50/25/25", "--no-preview", "--json"]
     options += ["--threshold", "0.4", "--patient-pattern", r"(?P<patient>P-\d+)_n(?P<nodule>\d)_(?P<slice>\d)"]
     assert cli.main(["import", str(tree), str(out), *options]) == 0

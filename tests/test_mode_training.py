@@ -20,7 +20,7 @@ from berdiff_fast.network.prior import size_class
 from berdiff_fast.network.window import middle
 
 pytest.importorskip("accelerate", reason="the trainer needs accelerate")
-from berdiff_fast.training import loop
+from berdiff_fast.training import loop, validate
 from berdiff_fast.training.config import TrainConfig
 
 EDGES = (16, 64)
@@ -230,7 +230,7 @@ def test_the_best_prior_is_kept(data, tmp_path):
 
     def measured(name):
         model = bf.load(tmp_path / name / "model.safetensors")
-        return loop._of_prior(model, RaterDataset(data["val_data"]))["prior_cross_entropy"]
+        return validate.validate_prior(model, RaterDataset(data["val_data"]))["prior_cross_entropy"]
 
     assert measured("best") == pytest.approx(nats[best], rel=1e-5)
     assert measured("last") == pytest.approx(nats[20], rel=1e-5)
@@ -255,14 +255,14 @@ def test_initial_weights_bring_the_prior_along(data, tmp_path):
     [
         ({"mode_edges": [64, 16]}, "edges must be ascending"),
         ({"output_crop": 6}, "output_crop must have a height and width divisible by 4"),
-        ({"output_crop": 16, "crop": 16}, "crop must be 0 with output_crop"),
+        ({"output_crop": 16, "crop": 16}, "crop must be 0 with network.output_crop"),
         ({"context": True}, "context needs an output_crop"),
-        ({"prior_steps": -1}, "prior_steps must be at least 0"),
-        ({"prior_weight": -1.0}, "prior_weight must be a finite number"),
-        ({"prior_ema_decay": 1.0}, "prior_ema_decay must be in"),
+        ({"prior_steps": -1}, "prior.steps must be at least 0"),
+        ({"prior_weight": -1.0}, "prior.weight must be a finite number"),
+        ({"prior_ema_decay": 1.0}, "prior.ema_decay must be in"),
         ({"prior_channels": [12]}, "channels must be multiples of 8"),
         ({"output_crop": 64}, "output_crop must be at most the images"),
-        ({"prior_crop": 64}, "prior_crop must be at most the images"),
+        ({"prior_crop": 64}, "prior.crop must be at most the images"),
     ],
 )
 def test_configs_that_make_no_sense(data, tmp_path, changes, words):
@@ -273,7 +273,7 @@ def test_configs_that_make_no_sense(data, tmp_path, changes, words):
 
 def test_a_run_with_other_classes_cannot_go_on(data, tmp_path):
     run(data, tmp_path, steps=2)
-    with pytest.raises(ValueError, match="mode_edges was"):
+    with pytest.raises(ValueError, match="prior.edges was"):
         run(data, tmp_path, steps=4, mode_edges=[16])
 
 

@@ -113,7 +113,7 @@ def test_info(capsys):
 
 def test_demo(tmp_path, capsys):
     picture = tmp_path / "demo.png"
-    assert cli.main(["demo", "--output", str(picture), "--slices", "1", "--n", "4", "--steps", "10"]) == 0
+    assert cli.main(["demo", "--output", str(picture), "--slice-count", "1", "--n", "4", "--steps", "10"]) == 0
     text = capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["demo.png"]

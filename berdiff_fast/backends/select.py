@@ -7,15 +7,16 @@ import importlib
 import importlib.util
 import logging
 import os
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
 
+from berdiff_fast import choices
 from berdiff_fast.backends.protocol import Backend, HasGroupNorm, HasWinograd
 
 logger = logging.getLogger("berdiff_fast")
 
-BACKENDS = ("cuda", "cpp", "triton", "reference")
+BACKENDS = get_args(choices.Backend)
 
 #: What ``auto`` tries, in this order. Triton's interpreter is for tests, so a CPU never gets it unasked.
 _CANDIDATES = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}

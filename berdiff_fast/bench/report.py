@@ -184,10 +184,7 @@ def plot(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     # What leaves out most of the work would squeeze the rest into a corner; the tables have it.
-    cases = [
-        (c, [r for r in c["contenders"] if "speedup" in r and _same_work(r)])
-        for c in report["cases"]
-    ]
+    cases = [(c, [r for r in c["contenders"] if "speedup" in r and _same_work(r)]) for c in report["cases"]]
     cases = [(c, rows) for c, rows in cases if rows]
     heights = [len(rows) + 1.5 for _, rows in cases]
     figure = Figure(figsize=(9, 0.28 * sum(heights) + 0.6), layout="constrained")

@@ -15,21 +15,21 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
 
 from berdiff_fast import digests
 from berdiff_fast.files import own_folder, write_bytes
-from berdiff_fast.training.config import TrainConfig
+from berdiff_fast.training.config import FLAT, TrainConfig
+from berdiff_fast.training.state import MisfitError, RunState
 from berdiff_fast.words import line
 
 logger = logging.getLogger("berdiff_fast")
 
 FORMAT = 1
 _KEY = "berdiff_fast_training"
-_PRIORS = ("prior", "prior_ema", "prior_best")
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
-#: Fields that a run may change when it goes on: they touch nothing that is learnt but its rounding, and its length.
+#: Settings that a run may change when it goes on, by the flat names that checkpoints have: they touch nothing that is
+#: learnt but its rounding, and its length.
 _FREE = {"output", "train_data", "val_data", "in_memory", "workers", "device", "compile", "channels_last", "steps"}
 _FREE |= {"log_every", "checkpoint_every", "keep", "tensorboard", "quiet", "data_on_device", "accumulation"}
 _FREE |= {f"validation_{k}" for k in ("slices", "samples", "steps", "method")} | {"validate_every", "spacing"}
@@ -37,7 +37,7 @@ _FREE |= {f"validation_{k}" for k in ("slices", "samples", "steps", "method")} |
 
 @dataclass
 class Checkpoint:
-    """What a file held: the step it was taken after, the config, tensors by name, and the rest of the state."""
+    """What a file held: the step it was taken after, the config by flat names, tensors by name, numbers beside them."""
 
     path: Path
     step: int
@@ -46,43 +46,25 @@ class Checkpoint:
     extra: dict[str, Any]
 
 
-def save(
-    folder: Path,
-    step: int,
-    config: TrainConfig,
-    network: nn.Module,
-    ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    extra: dict[str, Any],
-    prior: tuple[nn.Module, ...] = (),
-) -> Path:
-    """Write the state after ``step`` optimiser steps and delete all but the newest ``config.keep`` checkpoints.
-
-    Args:
-        prior: the mode prior, its average and the best one so far, of a model that has one.
+def save(folder: Path, config: TrainConfig, state: RunState) -> Path:
+    """Write the state of a run and delete all but the newest ``records.keep`` checkpoints.
 
     Raises:
         OSError: it cannot be written; earlier checkpoints are as they were.
     """
-    tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
-    for prefix, module in zip(_PRIORS, prior, strict=False):
-        tensors |= {f"{prefix}.{k}": v for k, v in module.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    header = {"format": FORMAT, "step": step, "config": config.to_dict(), "extra": extra}
+    header = {"format": FORMAT, "step": state.step, "config": config.to_dict(), "extra": state.numbers()}
     # A copy of each: safetensors refuses tensors that share memory.
-    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in state.tensors().items()}
     data = safetensors.torch.save(tensors, metadata={_KEY: digests.seal(header, tensors)})
     own_folder(folder)
-    path = folder / f"step-{step:08d}.safetensors"
+    path = folder / f"step-{state.step:08d}.safetensors"
     try:
         write_bytes(path, data, follow=False)
     except OSError as error:
         raise OSError(f"checkpoint {path} cannot be written ({error}); those before it are as they were") from error
     # Those of later steps could not be read, or this one would not have been made; they must not crowd it out.
     later = [old for old in _files(folder) if old.name > path.name]
-    for old in [*later, *_files(folder)[len(later) + config.keep :]]:
+    for old in [*later, *_files(folder)[len(later) + config.records.keep :]]:
         old.unlink(missing_ok=True)
     return path
 
@@ -92,18 +74,11 @@ def newest(folder: Path) -> Checkpoint | None:
     return next(_readable(folder), None)
 
 
-def resume(
-    folder: Path,
-    config: TrainConfig,
-    network: nn.Module,
-    ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    prior: tuple[nn.Module, ...] = (),
-) -> Checkpoint | None:
+def resume(folder: Path, config: TrainConfig, state: RunState) -> bool:
     """Put the newest checkpoint that is whole into a run of the same config; those that are not are named in warnings.
 
     Returns:
-        That checkpoint; None if there is none that can be read.
+        Whether there was one.
 
     Raises:
         ValueError: the config differs where it matters, or no checkpoint that can be read fits the network.
@@ -111,18 +86,14 @@ def resume(
     misfit: MisfitError | None = None
     for checkpoint in _readable(folder):
         try:
-            restore(checkpoint, config, network, ema, optimizer, prior)
-            return checkpoint
+            restore(checkpoint, config, state)
+            return True
         except MisfitError as error:
             misfit = misfit or error
             logger.warning("%s, trying the checkpoint before it", error)
     if misfit is not None:
         raise misfit
-    return None
-
-
-class MisfitError(ValueError):
-    """A checkpoint of the same config whose tensors are not those of the run."""
+    return False
 
 
 def _readable(folder: Path) -> Iterator[Checkpoint]:
@@ -161,64 +132,35 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(path, header["step"], header["config"], tensors, extra)
 
 
-def restore(
-    checkpoint: Checkpoint,
-    config: TrainConfig,
-    network: nn.Module,
-    ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    prior: tuple[nn.Module, ...] = (),
-) -> None:
+def restore(checkpoint: Checkpoint, config: TrainConfig, state: RunState) -> None:
     """Put a checkpoint's state into a run of the same config.
 
     Raises:
         ValueError: the config differs where it matters, or (``MisfitError``) the tensors do not fit.
     """
-    mine = config.to_dict()
-    changed = [k for k, v in mine.items() if k not in _FREE and checkpoint.config.get(k, v) != v]
-    if "crop_steps" in changed and checkpoint.step <= min(checkpoint.config["crop_steps"], config.crop_steps):
+    former, mine = checkpoint.config, config.to_dict()
+    changed = [k for k, v in mine.items() if k not in _FREE and former.get(k, v) != v]
+    if "crop_steps" in changed and checkpoint.step <= min(former["crop_steps"], mine["crop_steps"]):
         changed.remove("crop_steps")  # it concerns steps to come
     if changed:
-        listed = "; ".join(f"{k} was {checkpoint.config[k]!r:.200} and is {mine[k]!r}" for k in changed)
+        listed = "; ".join(f"{FLAT.get(k, k)} was {former[k]!r:.200} and is {mine[k]!r}" for k in changed)
         raise ValueError(
             f"{checkpoint.path} belongs to another config ({listed}); give another output, or the former values "
             "to resume"
         )
-    if config.decay == "cosine" and checkpoint.config["steps"] != config.steps:
+    if config.optimiser.decay == "cosine" and former["steps"] != mine["steps"]:
         logger.warning(
-            "steps was %d and is %d: the cosine goes on as one of the new length",
-            checkpoint.config["steps"],
-            config.steps,
+            "steps was %d and is %d: the cosine goes on as one of the new length", former["steps"], mine["steps"]
         )
-
-    def part(prefix: str) -> dict[str, torch.Tensor]:
-        return {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
-
     try:
-        network.load_state_dict(part("network."))
-        ema.load_state_dict(part("ema."))
-        for prefix, module in zip(_PRIORS, prior, strict=False):
-            module.load_state_dict(part(f"{prefix}."))
-    except RuntimeError as error:
-        raise MisfitError(f"{checkpoint.path} is of another architecture: {' '.join(str(error).split())}") from None
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in part("optimizer.").items():
-        index, _, key = name.partition(".")
-        fits = index.isdecimal() and int(index) < len(parameters)
-        if not fits or tensor.shape not in ((), parameters[int(index)].shape):
-            raise MisfitError(f"{checkpoint.path} has a state of another optimizer: {name} {tuple(tensor.shape)}")
-        if tensor.shape == (parameter := parameters[int(index)]).shape:
-            # In the parameter's order in memory, channels last perhaps: AdamW's fused kernel goes by addresses alone.
-            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(int(index), {})[key] = tensor
-    if len({frozenset(of) for of in state.values()}) > 1 or len(state) not in (0, len(parameters)):
-        raise MisfitError(f"{checkpoint.path} lacks a part of the optimizer's state")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        state.load(checkpoint.step, checkpoint.tensors, checkpoint.extra)
+    except MisfitError as error:
+        raise MisfitError(f"{checkpoint.path} {error}") from None
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed process left of a checkpoint that it was writing."""
+def prepare(folder: Path) -> None:
+    """Make the folder, and delete what a killed process left of a checkpoint that it was writing."""
+    own_folder(folder)
     for path in folder.glob(".step-*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

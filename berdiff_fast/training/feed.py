@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 def batches(
     examples: TrainingExamples, config: TrainConfig, first: int, accelerator: Accelerator
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """This process's part of the batches of steps ``first``, ``first + 1``, ..., ``config.accumulation`` to a step."""
-    positions = range(first * config.batch_size, config.steps * config.batch_size)
-    size = config.batch_size // config.accumulation
+    """This process's part of the batches of steps ``first``, ``first + 1``, ..., ``accumulation`` to a step."""
+    positions = range(first * config.optimiser.batch_size, config.optimiser.steps * config.optimiser.batch_size)
+    size = config.optimiser.batch_size // config.optimiser.accumulation
     device = accelerator.device
-    if config.data_on_device == "true" or (config.data_on_device == "auto" and fits(examples.slices, device)):
+    if config.data.on_device == "true" or (config.data.on_device == "auto" and fits(examples.slices, device)):
         share = size // accelerator.num_processes
         start = positions.start + accelerator.process_index * share
         parts = (range(p, p + share) for p in range(start, positions.stop, size))
@@ -33,10 +33,10 @@ def batches(
     loader = DataLoader(
         Batches(examples, resident=False),
         batch_sampler=BatchSampler(positions, size, drop_last=True),
-        num_workers=config.workers,
+        num_workers=config.data.workers,
         collate_fn=_unchanged,
         pin_memory=device.type == "cuda",
-        persistent_workers=config.workers > 0,
+        persistent_workers=config.data.workers > 0,
     )
     return iter(accelerator.prepare(loader))
 

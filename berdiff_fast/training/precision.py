@@ -23,7 +23,7 @@ def fast_arithmetic(config: TrainConfig, device: torch.device) -> Iterator[None]
         return
     before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
     torch.backends.cudnn.benchmark = True
-    if config.precision != "fp32":
+    if config.optimiser.precision != "fp32":
         torch.set_float32_matmul_precision("high")
     try:
         yield

@@ -42,7 +42,7 @@ class Records:
                 except (ValueError, KeyError, TypeError, RecursionError):
                     break  # the line that a killed process was writing
         write_text(self._log, "".join(line + "\n" for line in kept), follow=False)
-        if config.tensorboard:
+        if config.records.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -50,7 +50,12 @@ class Records:
             else:
                 self._board = SummaryWriter(output / "tensorboard", purge_step=first + 1)
         self._bar = tqdm(
-            total=config.steps, initial=first, unit="step", desc="training", dynamic_ncols=True, disable=config.quiet
+            total=config.optimiser.steps,
+            initial=first,
+            unit="step",
+            desc="training",
+            dynamic_ncols=True,
+            disable=config.quiet,
         )
 
     def __enter__(self) -> Records:
@@ -82,11 +87,11 @@ class Records:
         self._count += 1
         if self.enabled:
             self._bar.update()
-        if step % self.config.log_every and step != self.config.steps:
+        if step % self.config.records.log_every and step != self.config.optimiser.steps:
             return
         mean, *of_prior = (accelerator.reduce(self._sum, "mean").reshape(-1) / self._count).tolist()
         now = time.monotonic()
-        speed = self._count * self.config.batch_size / (now - self._since)
+        speed = self._count * self.config.optimiser.batch_size / (now - self._since)
         if not all(x < float("inf") for x in (mean, *of_prior)):
             shown = ", ".join(map(str, (mean, *of_prior)))
             raise FloatingPointError(

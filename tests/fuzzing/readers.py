@@ -185,10 +185,9 @@ def official(path: Path) -> None:
 
 def config(path: Path) -> None:
     from berdiff_fast import cli
-    from berdiff_fast.training.config import from_arguments
 
-    words = ["train", "--config", str(path), "--train-data", "data.h5", "--output", "run"]
-    from_arguments(cli.build_parser().parse_args(words))
+    words = ["--config", str(path), "--train-data", "data.h5", "--output", "run"]
+    cli.command("train").parse("berdiff-fast train", words).checked()
 
 
 def splits(path: Path) -> None:

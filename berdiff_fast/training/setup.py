@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a config asks for is made here: models, schedules, the accelerator; and it is checked against the data."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
+
+from berdiff_fast import rng
+from berdiff_fast.data import examples
+from berdiff_fast.data.examples import TrainingExamples
+from berdiff_fast.data.hdf5 import RaterDataset, check_disjoint
+from berdiff_fast.model import BerDiff, Preprocessing, load
+from berdiff_fast.network.prior import ModePrior
+from berdiff_fast.network.unet import UNet
+from berdiff_fast.network.window import Window
+from berdiff_fast.schedule import NoiseSchedule
+from berdiff_fast.training import on_cpu
+from berdiff_fast.training.config import TrainConfig
+
+
+def build_schedule(config: TrainConfig) -> NoiseSchedule:
+    """The noise schedule of a run."""
+    diffusion = config.diffusion
+    return NoiseSchedule(
+        diffusion.schedule,
+        diffusion.timesteps,
+        input_scale=diffusion.input_scale,
+        as_released=diffusion.as_released,
+    )
+
+
+def build_model(
+    config: TrainConfig,
+    mask_channels: int,
+    img_channels: int,
+    size: tuple[int, int] | None = None,
+    *,
+    meta: bool = False,
+) -> BerDiff:
+    """The untrained model of a run.
+
+    Args:
+        config: the run.
+        mask_channels, img_channels: K and C of its data.
+        size: height and width of its images, which preprocessing then asks for.
+        meta: make no memory for its weights.
+
+    Raises:
+        ValueError: what the network, the prior, the schedule or the preprocessing refuses.
+    """
+    c = config.network
+    view = Window(c.output_crop, c.context, c.distance)
+    with torch.device("meta" if meta else "cpu"):
+        network = UNet(
+            in_channels=mask_channels,
+            img_channels=view.channels(img_channels),
+            model_channels=c.model_channels,
+            channel_mult=list(c.channel_mult),
+            num_res_blocks=c.num_res_blocks,
+            attention_resolutions=list(c.attention_resolutions),
+            num_heads=c.num_heads,
+            dropout=c.dropout,
+            use_scale_shift_norm=c.use_scale_shift_norm,
+            norm_groups=c.norm_groups,
+            patch_size=c.patch_size,
+            num_classes=len(config.prior.edges) + 2 if config.prior.enabled else 0,
+        )
+        prior = _build_prior(config, img_channels) if config.prior.enabled else None
+    window = (config.data.window[0], config.data.window[1]) if config.data.window else None
+    return BerDiff(
+        network,
+        build_schedule(config),
+        config.diffusion.prediction,
+        preprocessing=Preprocessing("window" if window else "min-max", window, size=size),
+        spacing=config.diffusion.spacing,
+        output_crop=c.output_crop,
+        context=c.context,
+        distance=c.distance,
+        mode_prior=prior,
+    )
+
+
+def _build_prior(config: TrainConfig, img_channels: int) -> ModePrior:
+    c = config.prior
+    # What the images are mirrored and turned by in training is what may be averaged over.
+    symmetries = (8 if config.augmentation.rotate90 else 4) if config.augmentation.flip else 1
+    return ModePrior(
+        img_channels,
+        list(c.edges),
+        channels=list(c.channels),
+        crop=c.crop,
+        context=c.context,
+        dropout=c.dropout,
+        members=c.members,
+        symmetries=symmetries,
+        shift=c.shift,
+        jitter=c.jitter,
+    )
+
+
+def check(config: TrainConfig) -> None:
+    """Raise what schedule, network and prior say of their settings, without memory for weights.
+
+    Raises:
+        ValueError, TypeError: naming the argument of ``NoiseSchedule``, ``UNet``, ``Window`` or ``ModePrior``.
+    """
+    build_schedule(config).subsequence(config.validation.steps, config.diffusion.spacing)
+    build_model(config, mask_channels=1, img_channels=1, meta=True)
+
+
+def read_data(config: TrainConfig) -> tuple[RaterDataset, RaterDataset | None]:
+    """The slices to train on, and those to validate on, if there are any.
+
+    Raises:
+        FileNotFoundError, ValueError: files that are not there, or that this run cannot be trained or validated on.
+    """
+    data = config.data
+    slices = RaterDataset(data.train, in_memory=data.in_memory)
+    # In memory too: what is spread over a compressed file takes seconds to read, at every validation.
+    held_out = RaterDataset(data.validation, in_memory=data.in_memory) if data.validation else None
+    _check_data(config, slices, held_out)
+    return slices, held_out
+
+
+def _check_data(config: TrainConfig, slices: RaterDataset, held_out: RaterDataset | None) -> None:
+    factor = 1 if config.network.output_crop else config.network.halvings
+    crop = config.augmentation.crop
+    for data in filter(None, (slices, held_out)):
+        for name, side in (("network.output_crop", config.network.output_crop), ("prior.crop", config.prior.crop)):
+            if side > min(data.image_size):
+                raise ValueError(f"{name} must be at most the images of {data.path}, {data.image_size}, got {side}")
+        if any(size % factor for size in data.image_size):
+            raise ValueError(f"{data.path}: images must have sides divisible by {factor}, got {data.image_size}")
+        if crop > min(data.image_size):
+            raise ValueError(
+                f"augmentation.crop must be at most the images of {data.path}, {data.image_size}, got {crop} (--crop 0 "
+                "or crop: 0 in the config trains on whole slices)"
+            )
+        if data.image_size[0] != data.image_size[1] and config.augmentation.rotate90 and data is slices:
+            raise ValueError(f"augmentation.rotate90 needs square images, and {data.path} has {data.image_size}")
+    if held_out is not None:
+        check_disjoint(slices, held_out)
+        for name in ("img_channels", "mask_channels"):
+            if getattr(slices, name) != getattr(held_out, name):
+                raise ValueError(
+                    f"data.validation must have the {name} of data.train, {getattr(slices, name)}, got "
+                    f"{getattr(held_out, name)}"
+                )
+
+
+def initial_model(config: TrainConfig, slices: RaterDataset, device: torch.device) -> BerDiff:
+    """The model as a run starts with it: random weights by the seed, or those of ``network.initial_weights``."""
+    torch.manual_seed(rng.signed64(rng.splitmix64(config.seed, 0)))
+    model = build_model(config, slices.mask_channels, slices.img_channels, slices.image_size)
+    if config.network.initial_weights:
+        _start_from(config.network.initial_weights, model)
+    model.to(device)
+    if config.optimiser.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def _start_from(name_or_path: str, model: BerDiff) -> None:
+    former = load(name_or_path)
+    if former.prediction != model.prediction:
+        raise ValueError(
+            f"network.initial_weights: {name_or_path} predicts {former.prediction}, the config {model.prediction}"
+        )
+    try:
+        model.network.load_state_dict(former.network.state_dict())
+        if model.mode_prior is not None and former.mode_prior is not None:
+            model.mode_prior.load_state_dict(former.mode_prior.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"network.initial_weights: {name_or_path} is of another architecture: {' '.join(str(error).split())}"
+        ) from None
+
+
+def accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate's part of a run: devices, processes, mixed precision, accumulation.
+
+    Raises:
+        ValueError: the batch cannot be shared out evenly.
+    """
+    AcceleratorState._reset_state()  # a process may train again, in another precision
+    optimiser = config.optimiser
+    made = Accelerator(
+        mixed_precision=optimiser.precision if optimiser.precision in ("bf16", "fp16") else "no",
+        gradient_accumulation_steps=optimiser.accumulation,
+        cpu=on_cpu(config.device),
+        # Each batch of the loader is one of all processes together; every process takes its slice of it.
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+    )
+    if optimiser.batch_size % (optimiser.accumulation * made.num_processes):
+        raise ValueError(
+            f"optimiser.batch_size must be a multiple of accumulation x processes, {optimiser.accumulation} x "
+            f"{made.num_processes}, got {optimiser.batch_size}"
+        )
+    return made
+
+
+def augmentation(config: TrainConfig) -> examples.Augmentation:
+    """The random changes of training images."""
+    c = config.augmentation
+    return examples.Augmentation(c.flip, c.rotate90, c.rotate, c.scale)
+
+
+def training_examples(config: TrainConfig, slices: RaterDataset, model: BerDiff) -> TrainingExamples:
+    """The endless sequence of examples that ``model`` is trained on."""
+    assert model.preprocessing is not None
+    return TrainingExamples(
+        slices,
+        model.preprocessing,
+        config.diffusion.timesteps,
+        config.seed,
+        augmentation(config),
+        crop=config.augmentation.crop,
+        crop_before=config.augmentation.crop_steps * config.optimiser.batch_size or None,
+        mode_edges=None if model.mode_prior is None else model.mode_prior.edges,
+        mode_window=model.output_window.size,
+    )
