@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The machine in every JSON, plain medians of many rounds, and a comparison with a committed run as ratios.
 
-pytest benchmarks --benchmark-only --baseline benchmarks/results/cpu-avx2-2026-11-23.json
+pytest benchmarks --benchmark-only --baseline benchmarks/results/cpu-avx512-2026-11-26.json
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import berdiff_fast
+from berdiff_fast.bench import single_ops
 from berdiff_fast.info import collect
 
 #: What every time is divided by before runs are compared: torch's own work, measured in the same run.
-UNIT = "test_rand_less_than_p"
+UNIT = f"test_case[{single_ops.cases()[0].name}: {single_ops.UNIT}]"
 
 
 def pytest_addoption(parser):
@@ -66,4 +67,4 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("least time of a case in units of rand_like(p) < p, now over baseline")
         for name, ratio in sorted(ratios.items(), key=lambda item: -item[1]):
             flag = "  SLOWER" if ratio > config.getoption("--slower") else ""
-            terminalreporter.write_line(f"{ratio:6.2f}  {name.removeprefix('test_')}{flag}")
+            terminalreporter.write_line(f"{ratio:6.2f}  {name.removeprefix('test_case[').rstrip(']')}{flag}")

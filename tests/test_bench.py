@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from support import Toy
 
 import berdiff_fast as bf
 from berdiff_fast import cli
-from berdiff_fast.bench import baselines, cases, report
+from berdiff_fast.bench import baselines, cases, report, single_ops
 from berdiff_fast.bench.runner import Case, Contender, Settings, run
 
 
@@ -159,18 +160,18 @@ def test_training_steps_agree():
 @pytest.mark.parametrize("ratio", [1.0, 1.4, 1.6])
 def test_regressions_are_ratios(pytester, ratio, monkeypatch):
     """A machine that is twice as fast changes nothing; a case that became slower than the rest does."""
+    unit = f"{single_ops.cases()[0].name}: {single_ops.UNIT}"
     conftest = Path(__file__).parents[1] / "benchmarks" / "conftest.py"
     pytester.makeconftest(conftest.read_text())
     pytester.makepyfile(
-        test_it="""
-        import time
-        def test_rand_less_than_p(benchmark):
-            benchmark.pedantic(time.sleep, (0.01,), rounds=3)
-        def test_other(benchmark):
-            benchmark.pedantic(time.sleep, (0.02,), rounds=3)
+        test_it=f"""
+        import time, pytest
+        @pytest.mark.parametrize("seconds", [pytest.param(0.01, id={unit!r}), pytest.param(0.02, id="other")])
+        def test_case(benchmark, seconds):
+            benchmark.pedantic(time.sleep, (seconds,), rounds=3)
         """
     )
-    times = {"test_rand_less_than_p": 0.005, "test_other": 0.01 / ratio}
+    times = {f"test_case[{unit}]": 0.005, "test_case[other]": 0.01 / ratio}
     cases = [{"name": name, "stats": {"min": least}} for name, least in times.items()]
     Path("before.json").write_text(json.dumps({"benchmarks": cases}))
     # Beside xdist, which these tests themselves may run under, nothing is timed.
@@ -193,6 +194,33 @@ def test_cases_can_be_added_to_a_run(tmp_path, monkeypatch):
     assert second == json.loads(path.read_text()) and second["ceilings"] == {"copy_bytes_per_second": 2e9}
     with pytest.raises(ValueError, match="append: .* is of another machine, date"):
         report.measure(cases_, settings, path, former={**first, "date": "2020-01-01"}, progress=False)
+
+
+@pytest.mark.parametrize("case", single_ops.cases(), ids=lambda case: case.name)
+def test_single_ops(case):
+    """Each passes its gate, is timed on one thread, by as many calls as it says, inside its context."""
+    before, inside = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        only = [c for c in case.contenders() if isinstance(c, Contender)]
+        counted = [dataclasses.replace(c, run=lambda: inside.append(torch.get_num_threads())) for c in only]
+        result = run(dataclasses.replace(case, contenders=lambda: iter(counted)), Settings(rounds=1), progress=False)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert case.baseline in {row["name"] for row in result.contenders}
+    assert all("seconds" in row for row in result.contenders), result.contenders
+    assert inside == [1] * (len(only) * (case.calls + 1))
+
+
+def test_a_contender_runs_inside_its_context():
+    from berdiff_fast.backends import cpp
+
+    found = []
+    contender = passing("portable", lambda: found.append(cpp.isa()))
+    contender.context = lambda: cpp.use_isa("portable")
+    run(toy_case(passing("slow"), contender), Settings(rounds=1), progress=False)
+    assert found == ["portable", "portable"]
 
 
 def test_rows_that_may_not_be_compared_say_so():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import berdiff_fast as bf
 from berdiff_fast import ops
 from berdiff_fast.backends import select
-from berdiff_fast.bench import baselines, calls, training
+from berdiff_fast.bench import baselines, calls, single_ops, training
 from berdiff_fast.bench.runner import Case, Contender, Made, assert_close, same_masks
 
 
@@ -39,6 +39,8 @@ def registry(device: str, *, quick: bool, compile: bool = True, published: str |
         training.case(device),
         calls.case(device, "bundled model", compile=compile),
     ]
+    if device == "cpu":
+        cases += single_ops.cases()
     if not quick:
         cases.append(calls.case(device, "published U-Net", compile=compile, published=published))
     return cases

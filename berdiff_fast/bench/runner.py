@@ -8,7 +8,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ class Contender:
         gate: raises AssertionError if what this way computes is wrong; returns what there is to say of it, a dict for
             the JSON. It may compute something smaller than ``run`` does, or with known random numbers.
         ours: whether it is this package's.
+        context: makes what the gate and every run are inside of: an instruction set, say.
     """
 
     name: str
     run: Callable[[], Any]
     gate: Callable[[], dict[str, Any] | None]
     ours: bool = False
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 #: What a case's ``contenders`` yields: contenders, or a name and the reason why that one cannot run here.
@@ -44,11 +46,13 @@ class Case:
     """A piece of work.
 
     Attributes:
-        name, group: as tables show it: "kernel", "loss", "metrics", "call" or "training".
+        name, group: as tables show it: "kernel", "loss", "metrics", "call", "training" or "ops" (one by one, on a CPU).
         contenders: a function, so that nothing is built before its turn comes.
         baseline: the contender that the others are compared with.
         unit, amount: what is done per run, for rates: ("masks", 16).
         flops, bytes: floating-point operations and bytes moved per run, where they are the same for all; else 0.
+        threads: how many of torch's threads it may use; 0: as they are set.
+        calls: runs that are timed together, of what takes microseconds.
     """
 
     name: str
@@ -59,6 +63,18 @@ class Case:
     amount: float = 0
     flops: float = 0
     bytes: float = 0
+    threads: int = 0
+    calls: int = 1
+
+    @contextmanager
+    def on_its_threads(self) -> Iterator[None]:
+        """Its number of threads, for the length of a ``with`` block."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 @dataclass
@@ -99,6 +115,11 @@ def run(
 
     ``timed`` is told the result when all is timed; what a profiler adds on a GPU, which may take long, comes after it.
     """
+    with case.on_its_threads():
+        return _run(case, settings, progress, timed)
+
+
+def _run(case: Case, settings: Settings, progress: bool, timed: Callable[[Result], None]) -> Result:
     result = Result(case.name, case.group, case.unit, case.amount, case.flops, case.bytes, case.baseline)
     ready: list[tuple[Contender, dict[str, Any]]] = []
     with tqdm(desc=case.name, unit="turn", disable=not progress, leave=False) as bar:
@@ -114,13 +135,14 @@ def run(
             result.contenders.append(row)
             try:
                 memory = _Memory(settings.device)
-                with _exact(settings.device):
-                    row |= {"gate": contender.gate() or {}}
-                if settings.device == "cuda":
-                    contender.run()  # warm: compilers, and graphs, which are captured at a second call
+                with contender.context():
+                    with _exact(settings.device):
+                        row |= {"gate": contender.gate() or {}}
+                    if settings.device == "cuda":
+                        contender.run()  # warm: compilers, and graphs, which are captured at a second call
+                        contender.run()
+                    memory.watch()
                     contender.run()
-                memory.watch()
-                contender.run()
                 row["peak_bytes"] = memory.peak()
             except AssertionError as error:
                 row["why_not"] = f"wrong result, not timed: {error}"
@@ -137,7 +159,8 @@ def run(
             for i in range(len(ready)):
                 contender = ready[(i + turn) % len(ready)][0]
                 bar.set_postfix_str(contender.name)
-                times[contender.name].append(_time(contender.run, settings.device))
+                with contender.context():
+                    times[contender.name].append(_time(contender.run, settings.device, case.calls))
             bar.update()
     base = times.get(case.baseline)
     for contender, row in ready:
@@ -154,14 +177,16 @@ def run(
     return result
 
 
-def _time(function: Callable[[], Any], device: str) -> float:
+def _time(function: Callable[[], Any], device: str, calls: int = 1) -> float:
+    """Seconds that a call takes, of several that are timed together."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    function()
+    for _ in range(calls):
+        function()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
 
 
 def _spread(times: list[float]) -> float:
