@@ -8,6 +8,7 @@ has all libraries loaded; it ends by itself or is killed, at a gigabyte or a min
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import random
 import shutil
@@ -139,6 +140,7 @@ def _child(reader: Reader, path: Path, said: Path, log: Path) -> None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        faulthandler.disable()  # the signal that ends it says enough
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.chdir(path.parent.parent)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
