@@ -41,7 +41,7 @@ def trajectory(
     predict: Predict,
     draw: Draw,
     flags: torch.Tensor,
-    advance: Callable[[int], None],
+    advance: Callable[[int], object],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs all steps of some masks. The host waits for the device once a round, for the number of settled steps.
 

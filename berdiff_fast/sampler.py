@@ -227,10 +227,14 @@ class Sampler:
         seed: int | Sequence[int] | torch.Tensor | None = None,
         first_sample: int = 0,
         return_probability: bool = False,
-        progress: bool = False,
+        progress: bool | Callable[[float], object] = False,
         return_modes: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Masks of these images: see ``sample``."""
+        """Masks of these images: see ``sample``.
+
+        ``progress`` may also be a function. It is called on the way with the share of the work that was just done, in
+        all 1; a negative share is work that has to be done again.
+        """
         first_sample = checks.integer("first_sample", first_sample, 0)
         if first_sample + self.n > 2**32:
             raise ValueError(f"first_sample + n must be at most 2^32, got {first_sample} + {self.n}")
@@ -335,7 +339,7 @@ class _Call:
         return (self.sampler.mask_channels, *self.img.shape[2:])
 
     def run(
-        self, network: _Network, return_probability: bool, advance: Callable[[int], None]
+        self, network: _Network, return_probability: bool, advance: Callable[[int], object]
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         device, timesteps = self.img.device, self.sampler.timesteps
         # One flag per step, and one for the images. They are raised on the device and read once, when all is queued.
@@ -395,7 +399,7 @@ class _Call:
         chunk: _Chunk,
         flags: torch.Tensor,
         return_probability: bool,
-        advance: Callable[[int], None],
+        advance: Callable[[int], object],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All steps of a chunk: masks (rows, K, *spatial) and, where asked for, their probability."""
 
@@ -439,7 +443,7 @@ class _Call:
         chunk: _Chunk,
         flags: torch.Tensor,
         return_probability: bool = False,
-        advance: Callable[[int], None] = lambda rows: None,
+        advance: Callable[[int], object] = lambda rows: None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As ``_run_chunk``, call by call."""
         sampler, probability = self.sampler, None
@@ -516,7 +520,7 @@ class _Call:
         where: dict[str, Any],
         flags: torch.Tensor,
         return_probability: bool,
-        advance: Callable[[int], None],
+        advance: Callable[[int], object],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The steps of ``draw``, several at a time: masks, the state before, its logits of y_0, and probability."""
         sampler, last = self.sampler, len(self.sampler.timesteps) - 1
@@ -777,11 +781,15 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(call: _Call, show: bool) -> Iterator[Callable[[int], None]]:
+def _bar(call: _Call, show: bool | Callable[[float], object]) -> Iterator[Callable[[int], object]]:
+    total = call.rows * len(call.sampler.timesteps)
+    if callable(show):
+        yield lambda rows: show(rows / total)
+        return
     if not show:
         yield lambda rows: None
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=call.rows * len(call.sampler.timesteps), desc="sampling", unit="mask-step") as bar:
-        yield lambda rows: bar.update(rows) and None
+    with tqdm(total=total, desc="sampling", unit="mask-step") as bar:
+        yield bar.update
