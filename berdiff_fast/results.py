@@ -17,9 +17,10 @@ import berdiff_fast
 from berdiff_fast import metrics
 from berdiff_fast.files import whole_file
 from berdiff_fast.imaging import volumes
-from berdiff_fast.imaging.summary import disagreement, spread
+from berdiff_fast.imaging.summary import spread
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io import raters as raters_io
+from berdiff_fast.io.slices import Slices
 from berdiff_fast.result_files import (
     SUMMARY,
     WORK,
@@ -45,14 +46,20 @@ def check_raters(raters: Sequence[Volume], volume: Volume) -> np.ndarray | None:
     Raises:
         ValueError: another grid, or values that are not those of a mask.
     """
-    found = []
-    for rater in raters:
+    if not raters:
+        return None
+    found = np.zeros((len(raters), *volume.array.shape), bool)
+    for mask, rater in zip(found, raters, strict=True):
         rater = raters_io.onto(rater, volume)
-        values = np.unique(rater.array)
-        if len(values) > 2 or (len(values) == 2 and values[0] != 0 and values[1] != 0):
+        values: set[float] = set()
+        # Slice by slice, and what is empty is not written to: memory follows what they marked.
+        for s, part in enumerate(rater.array):
+            if part.any():
+                values |= set(np.unique(part).tolist())
+                mask[s] = part != 0
+        if len(values - {0}) > 1:
             raise ValueError(f"raters: {rater.path} must hold a mask, of 0 and one other value")
-        found.append(rater.array != 0)
-    return np.stack(found) if found else None
+    return found
 
 
 def write(
@@ -84,26 +91,25 @@ def write(
     *mask_names, mean_name, entropy_name = names(volume, sampled.n)[: sampled.n + 2]
     voxels = []
     for k, name in enumerate(mask_names):
-        mask = sampled.mask(k)
-        voxels.append(int(mask.sum()))
+        mask, count = _counted(sampled.mask_slices(k))
         volumes.write(staged / name, mask, volume)
-    mean = sampled.mean
-    volumes.write(staged / mean_name, mean, volume)
-    volumes.write(staged / entropy_name, disagreement(mean).numpy(), volume)
+        voxels.append(sum(count))
+    volumes.write(staged / mean_name, sampled.mean_slices(), volume)
+    volumes.write(staged / entropy_name, sampled.entropy_slices(), volume)
     summary = {
         **provenance,
         "masks": mask_names,
         "mean": mean_name,
         "entropy": entropy_name,
-        "segmentations": _segmentations(staged, sampled, mean) if volume.format == "dicom" and any(voxels) else [],
+        "segmentations": _segmentations(staged, sampled) if volume.format == "dicom" and any(voxels) else [],
         "sizes": _sizes(voxels, volume),
     }
     if raters is not None:
         raters, outside = _where_sampled(raters, provenance)
-        summary["raters"] = {**_against(sampled, raters), "voxels_not_compared": outside}
+        summary["raters"] = {**_against(sampled.drawn(), raters), "voxels_not_compared": outside}
     if report:
         try:
-            _report(staged / "report.html", volume, sampled.masks, raters, provenance, anonymize)
+            _report(staged / "report.html", volume, sampled.drawn(), raters, provenance, anonymize)
             summary["report"] = "report.html"
         except ValueError as error:  # too large, say: no reason to throw masks away
             logger.warning("no report: %s", error)
@@ -112,16 +118,28 @@ def write(
     return summary
 
 
-def _segmentations(stage: Path, sampled: SampledVolume, mean: np.ndarray) -> list[str]:
+def _counted(mask: Slices) -> tuple[Slices, list[int]]:
+    """A mask, and a list that gets the voxels that each slice marks as it is written."""
+    counts: list[int] = []
+
+    def make(s: int) -> np.ndarray:
+        found = mask[s]
+        counts.append(int(found.sum()))
+        return found
+
+    return Slices(mask.shape, mask.dtype, make), counts
+
+
+def _segmentations(stage: Path, sampled: SampledVolume) -> list[str]:
     """Write them; none, with a warning, of a series that lacks what a segmentation has to say."""
-    masks = {f"mask {k}": sampled.mask(k) for k in range(sampled.n)}
+    masks = {f"mask {k}": sampled.mask_slices(k) for k in range(sampled.n)}
     try:
         volumes.write_segmentation(
             stage / "masks.dcm", masks, sampled.volume, description="berdiff_fast: sampled masks"
         )
         volumes.write_segmentation(
             stage / "mean.dcm",
-            {"mean": mean},
+            {"mean": sampled.mean_slices()},
             sampled.volume,
             fractional=True,
             description="berdiff_fast: share of masks",
@@ -135,13 +153,20 @@ def _segmentations(stage: Path, sampled: SampledVolume, mean: np.ndarray) -> lis
     return ["masks.dcm", "mean.dcm"]
 
 
-def _where_sampled(raters: np.ndarray, plan: dict[str, Any]) -> tuple[np.ndarray, int]:
-    """Raters' masks where masks were drawn, and how many voxels that they marked lie elsewhere."""
-    inside = raters & sampled_region(plan, raters.shape[1:])
+def _where_sampled(raters: np.ndarray, plan: Mapping[str, Any]) -> tuple[np.ndarray, int]:
+    """Raters' masks in the slices that were sampled, (R, slices, h, w), and how many voxels they marked elsewhere."""
+    region = _sampled_slices(sampled_region(plan, raters.shape[1:]), plan)
+    inside = np.stack([_sampled_slices(mask, plan) & region for mask in raters])
     outside = int(raters.sum()) - int(inside.sum())
     if outside:
         logger.warning("raters: %d voxels that they marked lie where nothing was sampled; not compared", outside)
     return inside, outside
+
+
+def _sampled_slices(array: np.ndarray, plan: Mapping[str, Any]) -> np.ndarray:
+    """Of (S, H, W) the slices that were sampled, stacked along their axis: (slices, h, w)."""
+    first, last = plan["slices"]
+    return np.moveaxis(array, plan["axis"], 0)[first:last]
 
 
 def report_again(
@@ -169,16 +194,16 @@ def report_again(
     volume = volumes.read(_scan_of(summary, root) if scan is None else scan, series=summary.get("series"))
     if volume.fingerprint() != summary["input_sha256"]:
         raise ValueError(f"{volume.path} is not what the results in {root} were made of: voxels or geometry differ")
-    masks = []
-    for name in summary["masks"]:
-        mask = volumes.read(root / name).array
-        if mask.shape != volume.array.shape:
-            raise ValueError(f"{root / name} has the shape {mask.shape}, and the scan {volume.array.shape}")
-        masks.append(mask != 0)
     read = raters_io.read(raters, volume)
     told = {k: v for k, v in summary.items() if k not in _RESULTS} | _files(read, anonymize)
     theirs = check_raters(read, volume)
     try:
+        masks = []
+        for name in summary["masks"]:
+            mask = volumes.read(root / name).array
+            if mask.shape != volume.array.shape:
+                raise ValueError(f"{root / name} has the shape {mask.shape}, and the scan {volume.array.shape}")
+            masks.append(_sampled_slices(mask, summary) != 0)
         if theirs is not None:
             theirs, _ = _where_sampled(theirs, summary)
         with whole_file(root / "report.html", follow=False) as new:
@@ -212,6 +237,7 @@ def _report(
     provenance: dict[str, Any],
     anonymize: bool = False,
 ) -> None:
+    """Write it of masks, and raters' masks if there are any, in the slices that were sampled: (n, slices, h, w)."""
     from berdiff_fast.imaging.report import write_report
 
     axis, (first, last) = provenance["axis"], provenance["slices"]  # the slices that were sampled are those to be shown
@@ -222,11 +248,11 @@ def _report(
     spacing = None if volume.spacing is None else [volume.spacing[2 - a] for a in (axis, *({0, 1, 2} - {axis}))]
     write_report(
         path,
-        np.moveaxis(volume.array, axis, 0)[first:last],
-        np.moveaxis(masks, axis + 1, 1)[:, first:last],
+        _sampled_slices(volume.array, provenance),
+        masks,
         title=("Scan" if anonymize or provenance.get("anonymized") else shown(file_name(volume))) + part,
         spacing=spacing and tuple(spacing),
-        raters=None if raters is None else np.moveaxis(raters, axis + 1, 1)[:, first:last],
+        raters=raters,
         provenance=_without_names(provenance, anonymize),
     )
 
@@ -256,9 +282,9 @@ def _sizes(voxels: list[int], volume: Volume) -> dict[str, Any]:
     return found
 
 
-def _against(sampled: SampledVolume, raters: np.ndarray) -> dict[str, float]:
-    """GED and HM-IoU, all that was sampled being one mask."""
-    theirs, ours = torch.from_numpy(raters)[None].flatten(3, -1), torch.from_numpy(sampled.masks)[None].flatten(3, -1)
+def _against(masks: np.ndarray, raters: np.ndarray) -> dict[str, float]:
+    """GED and HM-IoU, all that was sampled being one mask: of the slices that were sampled, since others are empty."""
+    theirs, ours = (torch.from_numpy(x)[None].flatten(3, -1) for x in (raters, masks))
     found = metrics.evaluate(theirs, ours, ("ged", "hm_iou"))
     return {"count": len(raters), **{name: float(value[0]) for name, value in found.items()}}
 

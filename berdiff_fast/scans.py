@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -22,6 +23,7 @@ from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io.padding import lowest_tissue
 from berdiff_fast.model import BerDiff
 from berdiff_fast.network.unet import UNet
+from berdiff_fast.sampled import SampledVolume
 from berdiff_fast.sampling import Sampler, sample
 from berdiff_fast.store import Store as _Store
 
@@ -77,45 +79,6 @@ def sample_until(
 
 
 # ---------------------------------------------------------------------- volumes
-
-
-@dataclass(frozen=True)
-class SampledVolume:
-    """n masks of a volume, on its grid.
-
-    Attributes:
-        volume: what they are of.
-        n: how many masks.
-        bits: uint8 (ceil(n / 8), S, H, W): mask k is bit k % 8 of the k // 8-th. It may lie in a file.
-        plan: what was done, JSON-able: options, seed, slices, tiles.
-    """
-
-    volume: Volume
-    n: int
-    bits: np.ndarray
-    plan: dict[str, Any]
-
-    def mask(self, k: int) -> np.ndarray:
-        """Mask k: bool (S, H, W)."""
-        if not 0 <= k < self.n:
-            raise IndexError(f"k must be from 0 to {self.n - 1}, got {k}")
-        return (self.bits[k // 8] >> (k % 8) & 1).astype(bool)
-
-    @property
-    def masks(self) -> np.ndarray:
-        """All of them: bool (n, S, H, W)."""
-        return np.stack([self.mask(k) for k in range(self.n)])
-
-    @property
-    def mean(self) -> np.ndarray:
-        """The share of masks that mark a voxel: float32 (S, H, W)."""
-        total = np.zeros(self.volume.array.shape, np.uint32)
-        for byte in self.bits:
-            total += np.bitwise_count(byte) if hasattr(np, "bitwise_count") else _POPCOUNT[byte]
-        return (total / self.n).astype(np.float32)
-
-
-_POPCOUNT = np.array([i.bit_count() for i in range(256)], np.uint8)
 
 
 def sampled_region(plan: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
@@ -237,12 +200,12 @@ def sample_volume(
                 [tiling.cut(part, volume.outside(part)) for part in (volume.array.take(i, axis) for i in chosen)]
             )
             img = model.preprocess(tiles[:, None]).to(device)
-            masks = sampler(img, seed=seeds.repeat(len(chosen)))
+            moved = functools.partial(_times, advance, len(chosen))
+            masks = sampler(img, seed=seeds.repeat(len(chosen)), progress=moved)
             assert isinstance(masks, torch.Tensor)
             for i, of_slice in zip(chosen, masks[:, :, 0].cpu().split(len(tiling.tiles)), strict=True):
                 bits = np.packbits(tiling.join(of_slice).numpy(), axis=0, bitorder="little")
                 store.put(i, bits)
-            advance(len(chosen))
     return SampledVolume(volume, sampler.n, store.bits, plan)
 
 
@@ -432,6 +395,11 @@ def fingerprint(model: BerDiff) -> str:
     return digest.hexdigest()
 
 
+def _times(advance: Callable[[float], object], slices: int, share: float) -> None:
+    """Move by a share of so many slices."""
+    advance(share * slices)
+
+
 @contextlib.contextmanager
 def _bar(show: bool, total: int, done: int):
     if not show:
@@ -439,6 +407,8 @@ def _bar(show: bool, total: int, done: int):
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, initial=done, desc="sampling", unit="slice") as bar:
-        advance: Callable[[int], Any] = bar.update
+    # It moves within a slice, which takes long on a CPU: so many tenths of slices.
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+    with tqdm(total=total, initial=done, desc="sampling", unit="slice", bar_format=form) as bar:
+        advance: Callable[[float], Any] = bar.update
         yield advance

@@ -13,6 +13,7 @@ import numpy as np
 
 from berdiff_fast import digests
 from berdiff_fast.files import append_text, open_own, write_text
+from berdiff_fast.sampled import let_go
 
 logger = logging.getLogger("berdiff_fast")
 
@@ -56,8 +57,10 @@ class Store:
                 with file.open("r+b") as opened:
                     os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
             write_text(what, identity, follow=False)
-        self.bits: np.ndarray = np.lib.format.open_memmap(file, "r+")
-        self._read_log(self._log)
+            self.bits: np.ndarray = np.lib.format.open_memmap(file, "r+")
+        else:
+            self.bits = np.lib.format.open_memmap(file, "r+")
+            self._read_log(self._log)
 
     @classmethod
     def in_memory(cls, shape: tuple[int, ...], axis: int) -> Store:
@@ -73,12 +76,25 @@ class Store:
             assert isinstance(self.bits, np.memmap)
             self.bits.flush()
             append_text(self._log, self._entry(index))  # after the bits: what is listed is there
+            let_go(self.bits)
         self.done.add(index)
 
     def _slice(self, index: int) -> np.ndarray:
         where: list[slice | int] = [slice(None)] * 4
         where[self.axis + 1] = index
         return self.bits[tuple(where)]
+
+    def _marked(self) -> set[int]:
+        """Slices in which any bit is set, found in one pass through the file."""
+        found = np.zeros(self.bits.shape[self.axis + 1], bool)
+        for s in range(self.bits.shape[1]):
+            marked = np.asarray(self.bits[:, s].any(axis=0))  # (H, W)
+            if self.axis == 0:
+                found[s] = marked.any()
+            else:
+                found |= marked.any(axis=2 - self.axis)
+            let_go(self.bits)
+        return set(np.flatnonzero(found).tolist())
 
     def _entry(self, index: int) -> str:
         return f"{index} {digests.of_bytes(str(index).encode(), np.ascontiguousarray(self._slice(index)).data)}\n"
@@ -96,9 +112,10 @@ class Store:
             damaged += not good
             if good:
                 self.done.add(index)
-        for index in range(self.bits.shape[self.axis + 1]):
-            if index not in self.done and self._slice(index).any():  # of a slice that was cut short, or damage
-                self._slice(index)[...] = 0
+            let_go(self.bits)
+        for index in sorted(self._marked() - self.done):  # of a slice that was cut short, or damage
+            self._slice(index)[...] = 0
+            let_go(self.bits)
         if damaged:
             logger.warning("%s: %d slices are not as they were left, and are drawn again", log.parent, damaged)
         if damaged or torn:

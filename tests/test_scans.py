@@ -19,6 +19,7 @@ import berdiff_fast as bf
 from berdiff_fast import cli, results, scans
 from berdiff_fast.imaging import volumes
 from berdiff_fast.imaging.volumes import Volume
+from berdiff_fast.io import pictures
 
 needs_imaging = pytest.mark.skipif(
     any(__import__("importlib.util").util.find_spec(p) is None for p in ("SimpleITK", "highdicom")),
@@ -723,7 +724,7 @@ def test_no_space(tmp_path, model_path, capfd, monkeypatch):
         raise OSError(28, "No space left on device", "mask_000.npy")
 
     with monkeypatch.context() as patch:
-        patch.setattr(np, "save", full)
+        patch.setattr(pictures, "contiguous", full)
         err = one_line(capfd, command(tmp_path / "in.npy", *options(model_path, tmp_path / "out")))
     assert "No space left on device" in err and os.listdir(tmp_path / "out") == [results.WORK]
     assert command(tmp_path / "in.npy", *options(model_path, tmp_path / "out")) == 0

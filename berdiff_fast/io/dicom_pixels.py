@@ -156,7 +156,7 @@ def _plain(dataset: Any, data: bytes, keyword: str, shape: tuple[int, int, int],
     if size == 1 and not syntax.is_little_endian and dataset[keyword].VR == "OW":
         data = np.frombuffer(data[: len(data) // 2 * 2], ">u2").astype("<u2").tobytes()
     array = np.frombuffer(data, f"{order}{kind}{size}", count=int(np.prod(shape))).reshape(shape)
-    return array.astype(array.dtype.newbyteorder("="))
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _unpacked(dataset: Any, shape: tuple[int, int, int], syntax: Any) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 
 from berdiff_fast.files import whole_file
 from berdiff_fast.io import dicom, hdf5, itk, nifti, padding, pictures
+from berdiff_fast.io.slices import Slices, blocks
 from berdiff_fast.io.volume import Format, Volume
 from berdiff_fast.io.words import line, without_chatter
 
@@ -85,7 +86,7 @@ def _checked(volume: Volume) -> Volume:
     if array.size == 0:
         raise ValueError(f"{path}: must not be empty, got shape {array.shape}")
     if array.dtype.kind == "f":
-        bad = int(array.size - np.isfinite(array).sum())
+        bad = sum(int(part.size - np.isfinite(part).sum()) for part in blocks(array))
         if bad:
             raise ValueError(f"{path}: must be finite, got {bad} voxels that are NaN or infinite, of {array.size}")
     if volume.spacing is not None and not all(np.isfinite(s) and s > 0 for s in volume.spacing):
@@ -101,12 +102,12 @@ def _checked(volume: Volume) -> Volume:
     return volume
 
 
-def write(path: str | os.PathLike[str], array: np.ndarray, like: Volume) -> None:
+def write(path: str | os.PathLike[str], array: np.ndarray | Slices, like: Volume) -> None:
     """Write voxels on the grid of another volume, in the format of the path's ending.
 
     Args:
         path: ends in .nii, .nii.gz, .nrrd, .mha, .npy, or as a picture, which holds one slice.
-        array: (S, H, W) as ``like``; bool becomes 0 and 1 (0 and 255 in a picture).
+        array: (S, H, W) as ``like``, or its slices, made one by one; bool becomes 0 and 1 (0 and 255 in a picture).
         like: whose geometry it has. What was read from NIfTI is written to NIfTI with the forms, codes and units of its
             header.
 

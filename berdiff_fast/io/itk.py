@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +14,7 @@ import numpy as np
 
 from berdiff_fast._optional import require
 from berdiff_fast.io import text_headers
+from berdiff_fast.io.slices import Slices, contiguous, deflate
 from berdiff_fast.io.volume import Format, Volume
 from berdiff_fast.io.words import line, silence
 
@@ -44,13 +45,22 @@ def _reader(kind: str, library: str) -> Any:
     return read
 
 
+class _Voxels:
+    """The voxels of an image of the library's, which stay where they are as long as an array looks at them."""
+
+    def __init__(self, image: Any) -> None:
+        self.image = image
+        view = require("SimpleITK").GetArrayViewFromImage(image)
+        # What is read is ours alone, so it may be written to.
+        self.__array_interface__ = {**view.__array_interface__, "data": (view.ctypes.data, False)}
+
+
 def _volume(image: Any, kind: str, path: Path) -> Volume:
-    sitk = require("SimpleITK")
     while image.GetDimension() > 3:
         image = image[..., 0]
     spacing, origin = image.GetSpacing(), image.GetOrigin()
     direction = np.array(image.GetDirection()).reshape(image.GetDimension(), -1)
-    array = sitk.GetArrayFromImage(image)
+    array = np.asarray(_Voxels(image))
     if image.GetDimension() == 2:
         array, spacing, origin = array[None], (*spacing, 1.0), (*origin, 0.0)
         direction = np.block([[direction, np.zeros((2, 1))], [np.zeros((1, 2)), np.ones((1, 1))]])
@@ -78,21 +88,42 @@ def is_utf8(path: Path) -> bool:
     return True
 
 
-def _write(path: Path, array: np.ndarray, like: Volume) -> None:
+def _write(path: Path, array: np.ndarray | Slices, like: Volume) -> None:
+    kind = np.dtype(np.uint8) if array.dtype == bool else array.dtype.newbyteorder("<")
+    header = _header(path, array.shape, kind, like)
+    with path.open("wb") as file:
+        file.write(header)
+        packed = deflate(file, contiguous(array, kind), gzip=path.suffix.lower() == ".nrrd")
+        at = header.find(_PACKED)
+        if at >= 0:
+            file.seek(at + len(_PACKED))
+            file.write(b"%-20d" % packed)
+
+
+#: Where MetaImage says how many bytes its voxels have become, which is known when they are written.
+_PACKED = b"CompressedDataSize = "
+
+
+def _header(path: Path, shape: tuple[int, ...], kind: np.dtype[Any], like: Volume) -> bytes:
+    """The library's header of a compressed volume of a shape: that of a single voxel, with other sizes in it."""
     sitk = require("SimpleITK")
-    image = sitk.GetImageFromArray(array.astype(np.uint8) if array.dtype == bool else array)
+    image = sitk.GetImageFromArray(np.zeros((1, 1, 1), kind.newbyteorder("=")))
     image.SetSpacing(like.spacing or (1.0, 1.0, 1.0))
     image.SetOrigin(like.origin)
     image.SetDirection(like.direction.flatten().tolist())
     with tempfile.TemporaryDirectory() as folder:
-        new = path if is_utf8(path) else Path(folder) / f"new{path.suffix}"
+        voxel = Path(folder) / f"voxel{path.suffix.lower()}"
         try:
             with silence():
-                sitk.WriteImage(image, str(new), useCompression=True)
+                sitk.WriteImage(image, str(voxel), useCompression=True)
+            written = voxel.read_bytes()
         except RuntimeError as error:
             raise OSError(f"{path.name} cannot be written: {line(error)}") from None
-        if new is not path:
-            shutil.copyfile(new, path)
+    last = b"\n\n" if voxel.suffix == ".nrrd" else b"\nElementDataFile = LOCAL\n"
+    header = written[: written.index(last) + len(last)]
+    sizes = b" ".join(b"%d" % size for size in reversed(shape))
+    header = re.sub(rb"(?m)^(sizes: |DimSize = )1 1 1$", lambda found: found[1] + sizes, header)
+    return re.sub(rb"(?m)^" + _PACKED + rb"\d+$", _PACKED + b" " * 20, header)
 
 
 NRRD = Format("nrrd", (".nrrd", ".nhdr"), _reader("nrrd", "NrrdImageIO"), _write)

@@ -55,19 +55,20 @@ def check_voxels(shape: Sequence[int], itemsize: int, stored: int | None = None,
     return wanted
 
 
-def take(file: BinaryIO, skip: int, wanted: int) -> bytearray:
-    """``wanted`` bytes behind the first ``skip`` from here, and no memory for others; fewer where the file ends.
+def skip(file: BinaryIO, count: int) -> None:
+    """Read past ``count`` bytes, which are kept nowhere, or to the end.
 
     Raises:
-        ValueError: ``skip`` is beyond what may lie before voxels.
+        ValueError: it is more than what may lie before voxels.
     """
-    if not 0 <= skip <= MAX_BESIDE:
-        raise ValueError(f"cannot be read: its voxels are said to begin {skip} bytes behind the header")
-    while skip:
-        passed = len(file.read(min(skip, _CHUNK)))
-        if not passed:
-            return bytearray()
-        skip -= passed
+    if not 0 <= count <= MAX_BESIDE:
+        raise ValueError(f"cannot be read: its voxels are said to begin {count} bytes behind the header")
+    while count and (passed := len(file.read(min(count, _CHUNK)))):
+        count -= passed
+
+
+def take(file: BinaryIO, wanted: int) -> bytearray:
+    """``wanted`` bytes from here, and no memory for others; fewer where the file ends."""
     found = bytearray()
     while len(found) < wanted:
         more = file.read(min(wanted - len(found), 16 * _CHUNK))

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from berdiff_fast._optional import require
 from berdiff_fast.io import limits
+from berdiff_fast.io.slices import Slices, blocks, contiguous, deflate
 from berdiff_fast.io.volume import Format, Volume, affine, warn
 
 #: From NIfTI's right, anterior, superior to left, posterior, superior.
@@ -71,20 +73,24 @@ def _read(path: Path, series: str | None) -> Volume:
             raise ValueError(f"is cut short: it has {stored} of {wanted} bytes")
         wanted = limits.check_voxels(shape, kind.itemsize, stored, ratio)
         file.seek(0)
-        data = limits.take(file, start, wanted)
-        if len(data) < wanted:
-            raise ValueError(f"is cut short: it has {start + len(data)} of {start + wanted} bytes")
+        limits.skip(file, start)
+        rescale = _rescale(header, kind)
+        # Some slices at a time, in the type that it is to have: nothing of the volume is there twice.
+        array = np.empty(shape[::-1], kind.newbyteorder("=") if rescale is None else rescale[2])
+        found = start
+        for place in blocks(array):
+            data = limits.take(file, place.size * kind.itemsize)
+            found += len(data)
+            if len(data) < place.size * kind.itemsize:
+                raise ValueError(f"is cut short: it has {found} of {start + wanted} bytes")
+            part = np.frombuffer(data, kind).reshape(place.shape)
+            place[...] = part if rescale is None else part * rescale[0] + rescale[1]
         if ratio > 1:
             limits.to_the_end(file)  # where gzip keeps its checksum
-    array = np.frombuffer(data, kind).reshape(shape[::-1])
-    if not kind.isnative:
-        array = array.astype(kind.newbyteorder("="))
     grid, notes, placed = _geometry(header)
     for note in notes if _description(header) != _REPEATED else ():
         warn(path, note)
-    return Volume(
-        _scaled(array, header), grid.spacing, grid.origin, grid.direction, "nifti", path, placed=placed, header=grid
-    )
+    return Volume(array, grid.spacing, grid.origin, grid.direction, "nifti", path, placed=placed, header=grid)
 
 
 @contextmanager
@@ -157,15 +163,15 @@ def _start(header: Any) -> int:
     return int(offset)
 
 
-def _scaled(array: np.ndarray, header: Any) -> np.ndarray:
+def _rescale(header: Any, kind: np.dtype[Any]) -> tuple[np.float64, float, type] | None:
+    """Slope, intercept and the type of what they make of voxels; None where voxels are as they are stored."""
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if not np.isfinite(slope) or slope == 0:
-        return array
+        return None
     intercept = intercept if np.isfinite(intercept) else 0.0
     if (slope, intercept) == (1, 0):
-        return array
-    kind = np.float64 if array.dtype == np.float64 else np.float32
-    return (array * np.float64(slope) + intercept).astype(kind)
+        return None
+    return np.float64(slope), intercept, np.float64 if kind.newbyteorder("=") == np.float64 else np.float32
 
 
 def _geometry(header: Any) -> tuple[Grid, list[str], bool]:
@@ -324,24 +330,22 @@ def _mm(values: np.ndarray) -> str:
 # ---------------------------------------------------------------------- writing
 
 
-def _write(path: Path, array: np.ndarray, like: Volume) -> None:
-    header = _new_header(array, like)
+def _write(path: Path, array: np.ndarray | Slices, like: Volume) -> None:
+    header = _new_header(array.shape, like)
     kind = {"bool": "uint8", "float16": "float32"}.get(array.dtype.name, array.dtype.name)
     header.set_data_dtype(kind)
-    data = np.ascontiguousarray(array, dtype=np.dtype(kind).newbyteorder("<"))
+    parts = chain([header.binaryblock + bytes(4)], contiguous(array, np.dtype(kind).newbyteorder("<")))
     with path.open("wb") as file:
-        if path.name.lower().endswith(".gz"):  # without time or name: equal voxels make equal files
-            with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
-                packed.write(header.binaryblock + bytes(4))
-                packed.write(data.data)
+        if path.name.lower().endswith(".gz"):
+            deflate(file, parts, gzip=True)
         else:
-            file.write(header.binaryblock + bytes(4))
-            file.write(data.data)
+            for part in parts:
+                file.write(part)
 
 
-def _new_header(array: np.ndarray, like: Volume) -> Any:
+def _new_header(shape: tuple[int, ...], like: Volume) -> Any:
     nib = require("nibabel")
-    large = max(array.shape) > 32767
+    large = max(shape) > 32767
     header = (nib.Nifti2Header if large else nib.Nifti1Header)(endianness="<")
     if isinstance(like.header, Grid) and like.header.is_of(like):
         source = like.header.header
@@ -351,7 +355,7 @@ def _new_header(array: np.ndarray, like: Volume) -> Any:
             header[name] = source[name]
         header["descrip"] = _REPEATED
     else:
-        header.set_data_shape(array.shape[::-1])
+        header.set_data_shape(shape[::-1])
         if like.spacing is not None:
             matrix = _LPS @ affine(like.spacing, like.origin, like.direction)
             header.set_qform(matrix, 1)  # scanner's coordinates

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from berdiff_fast.io.slices import blocks
+
 #: Below is no tissue and no air; padding that is found by itself lies from ``_FARTHEST`` to ``_FAR``.
 _LOWEST = -1024.0
 _FAR, _FARTHEST = -1500.0, -70_000.0
@@ -26,8 +28,9 @@ def guess(array: np.ndarray) -> tuple[float, float] | None:
     low = float(array.min())
     if not _FARTHEST <= low <= _FAR or not float(array.max()) > _LOWEST:
         return None
-    plateau = int((array == array.dtype.type(low)).sum())
-    below = int((array < _LOWEST).sum())
+    # Some slices at a time: maps of the whole would take as much as half the array.
+    plateau = sum(int((part == array.dtype.type(low)).sum()) for part in blocks(array))
+    below = sum(int((part < _LOWEST).sum()) for part in blocks(array))
     if plateau < max(_COUNT, _SHARE * array.size) or below - plateau > plateau / 2:
         return None
     return low, _LOWEST - (1 if array.dtype.kind == "i" else 1e-3)

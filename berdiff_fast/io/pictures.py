@@ -23,6 +23,7 @@ import numpy as np
 
 from berdiff_fast._optional import require
 from berdiff_fast.io import limits
+from berdiff_fast.io.slices import Slices, contiguous
 from berdiff_fast.io.volume import Format, Volume
 from berdiff_fast.io.words import silence, without_chatter
 
@@ -79,7 +80,8 @@ def load_npy(path: Path) -> np.ndarray:
             raise ValueError("cannot be read: it is cut short, or claims a size that it does not have") from None
         raise
     limits.check_voxels(mapped.shape, mapped.dtype.itemsize)
-    return np.array(mapped)
+    del mapped  # its pages would count beside what is read
+    return np.load(path, allow_pickle=False)
 
 
 def grey(array: np.ndarray) -> np.ndarray:
@@ -305,14 +307,15 @@ def _read(path: Path, series: str | None) -> Volume:
     return Volume(array[None], format="picture", path=path, placed=False)
 
 
-def _write(path: Path, array: np.ndarray, like: Volume) -> None:
+def _write(path: Path, array: np.ndarray | Slices, like: Volume) -> None:
     from PIL import Image
 
-    if array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype.kind == "f":  # of probabilities and bits, in [0, 1]
-        array = np.rint(array * 255).clip(0, 255).astype(np.uint8)
-    Image.fromarray(array[0]).save(path)
+    pixels = array[0]
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * 255
+    elif pixels.dtype.kind == "f":  # of probabilities and bits, in [0, 1]
+        pixels = np.rint(pixels * 255).clip(0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
 
 
 def _read_array(path: Path, series: str | None) -> Volume:
@@ -320,9 +323,12 @@ def _read_array(path: Path, series: str | None) -> Volume:
     return Volume(array[None] if array.ndim == 2 else array, format="numpy", path=path, placed=False)
 
 
-def _write_array(path: Path, array: np.ndarray, like: Volume) -> None:
-    with path.open("wb") as file:  # np.save would add an ending to .NPY
-        np.save(file, array)
+def _write_array(path: Path, array: np.ndarray | Slices, like: Volume) -> None:
+    about = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, about)
+        for part in contiguous(array):
+            file.write(part.data)
 
 
 PICTURE = Format("picture", (".png", ".tif", ".tiff", ".jpg", ".jpeg"), _read, _write)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from berdiff_fast.io.slices import Slices, blocks
+
 logger = logging.getLogger("berdiff_fast")
 
 #: Anatomical planes by the direction (L, P, S) that their slices are stacked in.
@@ -84,7 +86,8 @@ class Volume:
         """SHA-256 of voxels, geometry and padding."""
         digest = hashlib.sha256(repr((self.array.shape, str(self.array.dtype), self.spacing, self.origin)).encode())
         digest.update(np.ascontiguousarray(self.direction).tobytes())
-        digest.update(np.ascontiguousarray(self.array).data)
+        for part in blocks(self.array):  # in the order of its axes, whatever it is in memory
+            digest.update(np.ascontiguousarray(part).data)
         if self.padding:
             digest.update(repr(self.padding).encode())
         return digest.hexdigest()
@@ -108,13 +111,13 @@ class Format:
         name: a key of ``FORMATS``.
         endings: of names, in lower case.
         read: judges a file and reads it; takes the path and a series, which is DICOM's alone.
-        write: writes an array (S, H, W) on the grid of a volume; None if it is not written.
+        write: writes voxels (S, H, W), an array or slice by slice, on the grid of a volume; None if it is not written.
     """
 
     name: str
     endings: tuple[str, ...]
     read: Callable[[Path, str | None], Volume]
-    write: Callable[[Path, np.ndarray, Volume], None] | None = None
+    write: Callable[[Path, np.ndarray | Slices, Volume], None] | None = None
 
 
 def warn(path: Path, words: str) -> None:

@@ -107,11 +107,11 @@ def max_batch(img: torch.Tensor) -> int:
 
 def in_chunks(
     masks: Masks,
-    work: Callable[[Chunk, int, Callable[[int], None]], Result],
+    work: Callable[[Chunk, int, Callable[[int], object]], Result],
     *,
     size: int,
     window: int,
-    advance: Callable[[int], None],
+    advance: Callable[[int], object],
     free_memory: Callable[[], None],
 ) -> list[Result]:
     """The results of ``work`` on all masks, in order. Where a GPU's memory does not suffice, chunks are halved.

@@ -44,7 +44,7 @@ def draw_masks(
     chunk: Chunk,
     flags: torch.Tensor,
     return_probability: bool = False,
-    advance: Callable[[int], None] = lambda mask_steps: None,
+    advance: Callable[[int], object] = lambda mask_steps: None,
 ) -> Trajectory:
     """Draw the masks of a chunk, one step after another.
 

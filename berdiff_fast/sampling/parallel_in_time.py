@@ -49,7 +49,7 @@ def trajectory(
     predict: Predict,
     draw: Draw,
     flags: torch.Tensor,
-    advance: Callable[[int], None],
+    advance: Callable[[int], object],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs all steps of some masks. The host waits for the device once a round, for the number of settled steps.
 
@@ -106,7 +106,7 @@ def draw_masks(
     flags: torch.Tensor,
     window: int,
     return_probability: bool = False,
-    advance: Callable[[int], None] = lambda mask_steps: None,
+    advance: Callable[[int], object] = lambda mask_steps: None,
 ) -> Trajectory:
     """Draw the masks of a chunk, up to ``window`` steps of each in one call of the network.
 

@@ -225,10 +225,14 @@ class Sampler:
         seed: int | Sequence[int] | torch.Tensor | None = None,
         first_sample: int = 0,
         return_probability: bool = False,
-        progress: bool = False,
+        progress: bool | Callable[[float], object] = False,
         return_modes: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Masks of these images: see ``sample``."""
+        """Masks of these images: see ``sample``.
+
+        ``progress`` may also be a function. It is called on the way with the share of the work that was just done, in
+        all 1; a negative share is work that has to be done again.
+        """
         first_sample = checks.integer("first_sample", first_sample, 0)
         if first_sample + self.n > 2**32:
             raise ValueError(f"first_sample + n must be at most 2^32, got {first_sample} + {self.n}")
@@ -265,13 +269,13 @@ class Sampler:
         masks: Masks,
         flags: torch.Tensor,
         return_probability: bool,
-        advance: Callable[[int], None],
+        advance: Callable[[int], object],
     ) -> list[tuple[torch.Tensor, ...]]:
         """Chunk by chunk: masks (rows, K, *spatial) and, where asked for, their probability."""
         plan, coefficients = self.plan, self._coefficients_on(masks.img.device)
 
         def draw(
-            chunk: Chunk, flags: torch.Tensor, window: int = 1, advance: Callable[[int], None] = lambda mask_steps: None
+            chunk: Chunk, flags: torch.Tensor, window: int = 1, advance: Callable[[int], object] = lambda mask_steps: None
         ) -> tuple[torch.Tensor, ...]:
             if chunk.img.is_cuda:  # on a CPU it is known before
                 flags[-1:].logical_or_(torch.isfinite(chunk.img).all().logical_not_())
@@ -291,7 +295,7 @@ class Sampler:
                 end = told.fit(end)
             return (end.masks,) if end.probability is None else (end.masks, end.probability)
 
-        def work(chunk: Chunk, window: int, advance: Callable[[int], None]) -> tuple[torch.Tensor, ...]:
+        def work(chunk: Chunk, window: int, advance: Callable[[int], object]) -> tuple[torch.Tensor, ...]:
             alone = chunk.whole and chunk.classes is None and window == 1 and not return_probability
             if alone and chunk.img.is_cuda and denoiser.graphs is not None:
                 captured = graph.captured(
@@ -382,11 +386,17 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(masks: Masks, plan: Plan, show: bool) -> Iterator[Callable[[int], None]]:
+def _bar(
+    masks: Masks, plan: Plan, show: bool | Callable[[float], object]
+) -> Iterator[Callable[[int], object]]:
+    total = masks.rows * len(plan.timesteps)
+    if callable(show):
+        yield lambda mask_steps: show(mask_steps / total)
+        return
     if not show:
         yield lambda mask_steps: None
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=masks.rows * len(plan.timesteps), desc="sampling", unit="mask-step") as bar:
-        yield lambda mask_steps: bar.update(mask_steps) and None
+    with tqdm(total=total, desc="sampling", unit="mask-step") as bar:
+        yield bar.update

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""n masks of a volume, as bits: looked at slice by slice, so that memory follows what was drawn."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from berdiff_fast.imaging.summary import disagreement
+from berdiff_fast.io.slices import Slices
+from berdiff_fast.io.volume import Volume
+
+_POPCOUNT = np.array([i.bit_count() for i in range(256)], np.uint8)
+
+
+@dataclass(frozen=True)
+class SampledVolume:
+    """n masks of a volume, on its grid.
+
+    Attributes:
+        volume: what they are of.
+        n: how many masks.
+        bits: uint8 (ceil(n / 8), S, H, W): mask k is bit k % 8 of the k // 8-th. It may lie in a file.
+        plan: what was done, JSON-able: options, seed, slices, tiles.
+    """
+
+    volume: Volume
+    n: int
+    bits: np.ndarray
+    plan: dict[str, Any]
+
+    def mask(self, k: int) -> np.ndarray:
+        """Mask k: bool (S, H, W)."""
+        return self._fill(np.zeros(self.volume.array.shape, bool), self.mask_slices(k))
+
+    @property
+    def masks(self) -> np.ndarray:
+        """All of them: bool (n, S, H, W). The system gives memory to the slices that were sampled alone."""
+        found = np.zeros((self.n, *self.volume.array.shape), bool)
+        for k in range(self.n):
+            self._fill(found[k], self.mask_slices(k))
+        return found
+
+    @property
+    def mean(self) -> np.ndarray:
+        """The share of masks that mark a voxel: float32 (S, H, W)."""
+        return self._fill(np.zeros(self.volume.array.shape, np.float32), self.mean_slices())
+
+    def drawn(self) -> np.ndarray:
+        """All masks in the slices that were sampled and no others: bool (n, slices, h, w), along ``plan["axis"]``."""
+        axis, (first, last) = self.plan["axis"], self.plan["slices"]
+        shape = np.delete(self.volume.array.shape, axis)
+        found = np.empty((self.n, last - first, *shape), bool)
+        for i in range(first, last):
+            bits = self.bits.take(i, axis + 1)
+            for k in range(self.n):
+                found[k, i - first] = bits[k // 8] >> (k % 8) & 1
+            let_go(self.bits)
+        return found
+
+    def mask_slices(self, k: int) -> Slices:
+        """Mask k, bool (S, H, W), slice by slice."""
+        if not 0 <= k < self.n:
+            raise IndexError(f"k must be from 0 to {self.n - 1}, got {k}")
+
+        def make(s: int) -> np.ndarray:
+            found = (self.bits[k // 8, s] >> (k % 8) & 1).astype(bool)
+            let_go(self.bits)
+            return found
+
+        return Slices(self.volume.array.shape, np.dtype(bool), make)
+
+    def mean_slices(self) -> Slices:
+        """``mean``, slice by slice."""
+
+        def make(s: int) -> np.ndarray:
+            total = np.zeros(self.volume.array.shape[1:], np.uint32)
+            for byte in self.bits[:, s]:
+                total += np.bitwise_count(byte) if hasattr(np, "bitwise_count") else _POPCOUNT[byte]
+            let_go(self.bits)
+            return (total / self.n).astype(np.float32)
+
+        return Slices(self.volume.array.shape, np.dtype(np.float32), make)
+
+    def entropy_slices(self) -> Slices:
+        """Where masks disagree: the entropy of their mean in bits, float32 (S, H, W), slice by slice."""
+        mean = self.mean_slices()
+        return Slices(mean.shape, mean.dtype, lambda s: disagreement(mean[s]).numpy())
+
+    def _fill(self, array: np.ndarray, slices: Slices) -> np.ndarray:
+        """An array of zeros with the slices that were sampled; the system gives no memory to what is not written."""
+        for s in range(len(array)):
+            if self._is_sampled(s):
+                array[s] = slices[s]
+        return array
+
+    def _is_sampled(self, s: int) -> bool:
+        """Whether anything was drawn in slice s of the array, along its first axis."""
+        if self.plan.get("axis") != 0 or "slices" not in self.plan:
+            return True
+        first, last = self.plan["slices"]
+        return first <= s < last
+
+
+def let_go(bits: np.ndarray) -> None:
+    """Give back memory that shows a file; what is in it stays, and is read again when it is looked at."""
+    if isinstance(bits.base, mmap.mmap) and hasattr(bits.base, "madvise"):  # not on Windows
+        bits.base.madvise(mmap.MADV_DONTNEED)
