@@ -98,7 +98,8 @@ examples:
 
 Written are n masks, their mean and their disagreement (entropy, in bits) on the grid of INPUT, as NIfTI for DICOM, with
 DICOM segmentations beside; summary.json has sizes and how it was done. The bundled model lidc was trained on 128 x 128
-cuts with a nodule in the middle: give it a --center. Not a medical device. More: docs/scans.md
+cuts with a nodule in the middle: give it a --center or --center-mm. Slices, rows, columns and masks are counted from 0.
+Not a medical device. More: docs/scans.md
 """
 
 
@@ -120,9 +121,19 @@ def _add_sample(commands: Any) -> None:
     command.add_argument(
         "--plane", default="axial", choices=["axial", "coronal", "sagittal"], help="(default: %(default)s)"
     )
-    command.add_argument("--slices", type=int, nargs=2, metavar=("FIRST", "END"), help="only from FIRST to before END")
+    command.add_argument(
+        "--slices", type=int, nargs=2, metavar=("FIRST", "END"), help="only from FIRST to before END, counted from 0"
+    )
     where = command.add_mutually_exclusive_group()
     where.add_argument("--center", type=float, nargs=2, metavar=("ROW", "COLUMN"), help="pixel in the middle of a cut")
+    where.add_argument(
+        "--center-mm",
+        type=float,
+        nargs=3,
+        metavar=("X", "Y", "Z"),
+        help="the same by its place in the patient, in mm to the left, back and head (LPS, as DICOM has it; of a point "
+        "in RAS, as NIfTI has it, give -X -Y Z)",
+    )
     where.add_argument(
         "--roi", type=int, nargs=4, metavar=("ROW", "END", "COLUMN", "END"), help="rows and columns to keep to"
     )
@@ -170,6 +181,7 @@ def _sample(options: argparse.Namespace) -> int:
         plane=options.plane,
         slices=options.slices and tuple(options.slices),
         center=options.center and tuple(options.center),
+        center_mm=options.center_mm and tuple(options.center_mm),
         roi=options.roi and tuple(options.roi),
         overlap=options.overlap,
         method=options.method,
@@ -180,7 +192,10 @@ def _sample(options: argparse.Namespace) -> int:
     if options.modes is not None:
         asked = options.modes
         given["modes"] = asked[0] if not asked[0].isdecimal() else [int(w) if w.isdecimal() else w for w in asked]
-    with results.folder(options.output, volume, options.n, raters=theirs, overwrite=options.overwrite) as work:
+    with (
+        words.silence("berdiff_fast.hints", options.quiet),
+        results.folder(options.output, volume, options.n, raters=theirs, overwrite=options.overwrite) as work,
+    ):
         sampled = scans.sample_volume(
             model, volume, options.n, options.steps, work=work, progress=not options.quiet, **given
         )

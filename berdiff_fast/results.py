@@ -15,11 +15,13 @@ import torch
 
 import berdiff_fast
 from berdiff_fast import metrics
+from berdiff_fast.coverage import Coverage
 from berdiff_fast.files import whole_file
 from berdiff_fast.imaging import volumes
 from berdiff_fast.imaging.summary import disagreement, spread
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io import raters as raters_io
+from berdiff_fast.io.stack import mm
 from berdiff_fast.result_files import (
     SUMMARY,
     WORK,
@@ -90,20 +92,29 @@ def write(
     mean = sampled.mean
     volumes.write(staged / mean_name, mean, volume)
     volumes.write(staged / entropy_name, disagreement(mean).numpy(), volume)
+    coverage = Coverage.of(volume, provenance)
     summary = {
         **provenance,
+        "sampled": coverage.as_json(),
         "masks": mask_names,
         "mean": mean_name,
         "entropy": entropy_name,
         "segmentations": _segmentations(staged, sampled, mean) if volume.format == "dicom" and any(voxels) else [],
-        "sizes": _sizes(voxels, volume),
+        "sizes": {"of": str(coverage), **_sizes(voxels, volume)},
     }
+    outside: list[int] = []
     if raters is not None:
         raters, outside = _where_sampled(raters, provenance)
-        summary["raters"] = {**_against(sampled, raters), "voxels_not_compared": outside}
+        marked = _sizes(raters.sum((1, 2, 3)).tolist(), volume, spreads=False)
+        summary["raters"] = {
+            **_against(sampled, raters),
+            "sizes": {"of": str(coverage), **marked},
+            "voxels_not_compared": sum(outside),
+            "sizes_not_compared": _sizes(outside, volume, spreads=False),
+        }
     if report:
         try:
-            _report(staged / "report.html", volume, sampled.masks, raters, provenance, anonymize)
+            _report(staged / "report.html", volume, sampled.masks, raters, provenance, coverage, outside, anonymize)
             summary["report"] = "report.html"
         except ValueError as error:  # too large, say: no reason to throw masks away
             logger.warning("no report: %s", error)
@@ -135,12 +146,12 @@ def _segmentations(stage: Path, sampled: SampledVolume, mean: np.ndarray) -> lis
     return ["masks.dcm", "mean.dcm"]
 
 
-def _where_sampled(raters: np.ndarray, plan: dict[str, Any]) -> tuple[np.ndarray, int]:
-    """Raters' masks where masks were drawn, and how many voxels that they marked lie elsewhere."""
+def _where_sampled(raters: np.ndarray, plan: dict[str, Any]) -> tuple[np.ndarray, list[int]]:
+    """Raters' masks where masks were drawn, and how many voxels each marked elsewhere."""
     inside = raters & sampled_region(plan, raters.shape[1:])
-    outside = int(raters.sum()) - int(inside.sum())
-    if outside:
-        logger.warning("raters: %d voxels that they marked lie where nothing was sampled; not compared", outside)
+    outside = (raters.sum((1, 2, 3)) - inside.sum((1, 2, 3))).tolist()
+    if any(outside):
+        logger.warning("raters: %d voxels that they marked lie where nothing was sampled; not compared", sum(outside))
     return inside, outside
 
 
@@ -179,10 +190,12 @@ def report_again(
     told = {k: v for k, v in summary.items() if k not in _RESULTS} | _files(read, anonymize)
     theirs = check_raters(read, volume)
     try:
+        coverage = Coverage.of(volume, summary)
+        outside: list[int] = []
         if theirs is not None:
-            theirs, _ = _where_sampled(theirs, summary)
+            theirs, outside = _where_sampled(theirs, summary)
         with whole_file(root / "report.html", follow=False) as new:
-            _report(new, volume, np.stack(masks), theirs, told, anonymize)
+            _report(new, volume, np.stack(masks), theirs, told, coverage, outside, anonymize)
             as_private_as(new, volume)
     except (KeyError, TypeError, IndexError, RuntimeError) as error:
         raise ValueError(f"{root / SUMMARY} is not of results of berdiff-fast sample: {error!r}") from None
@@ -199,7 +212,7 @@ def _scan_of(summary: dict[str, Any], root: Path) -> Path:
 
 
 #: What the summary says of results, beside how they were made.
-_RESULTS = ("masks", "mean", "entropy", "segmentations", "sizes", "raters", "rater_files", "report")
+_RESULTS = ("sampled", "masks", "mean", "entropy", "segmentations", "sizes", "raters", "rater_files", "report")
 
 
 def _report(
@@ -208,23 +221,40 @@ def _report(
     masks: np.ndarray,
     raters: np.ndarray | None,
     provenance: dict[str, Any],
+    coverage: Coverage,
+    outside: Sequence[int],
     anonymize: bool = False,
 ) -> None:
+    """The slices that were sampled; ``outside`` is how many voxels each rater marked elsewhere."""
+    from berdiff_fast.imaging import windows
     from berdiff_fast.imaging.report import write_report
 
-    axis, (first, last) = provenance["axis"], provenance["slices"]  # the slices that were sampled are those to be shown
-    count = volume.array.shape[axis]
-    part = "" if last - first == count else f", slices {first + 1} to {last} of {count}"
-    spacing = None if volume.spacing is None else [volume.spacing[2 - a] for a in (axis, *({0, 1, 2} - {axis}))]
+    axis, (first, last) = provenance["axis"], provenance["slices"]
+    image = np.moveaxis(volume.array, axis, 0)[first:last]
+    several, unit = windows.of(volume, image)
     write_report(
         path,
-        np.moveaxis(volume.array, axis, 0)[first:last],
+        image,
         np.moveaxis(masks, axis + 1, 1)[:, first:last],
-        title=("Scan" if anonymize or provenance.get("anonymized") else shown(file_name(volume))) + part,
-        spacing=spacing and tuple(spacing),
+        title="Scan" if anonymize or provenance.get("anonymized") else shown(file_name(volume)),
         raters=None if raters is None else np.moveaxis(raters, axis + 1, 1)[:, first:last],
+        windows=several,
+        intensity=unit,
+        stack=coverage.stack,
+        coverage=str(coverage),
+        notes=_elsewhere(outside, volume),
         provenance=_without_names(provenance, anonymize),
     )
+
+
+def _elsewhere(outside: Sequence[int], volume: Volume) -> list[str]:
+    """What raters marked where nothing was sampled, for people."""
+    if not any(outside):
+        return []
+    found = _sizes([*outside], volume, spreads=False)
+    unit = "mL" if "mL" in found else "voxels"
+    each = ", ".join(f"{size:.4g}" for size in found[unit])
+    return [f"Raters marked more elsewhere, where nothing was sampled, and that is not counted here: {each} {unit}."]
 
 
 #: What tells where masks come from: names, and what finds the scan again for who has it.
@@ -242,13 +272,17 @@ def _without_names(provenance: Mapping[str, Any], anonymize: bool) -> dict[str, 
     return plain
 
 
-def _sizes(voxels: list[int], volume: Volume) -> dict[str, Any]:
+def _sizes(voxels: list[int], volume: Volume, *, spreads: bool = True) -> dict[str, Any]:
     """Of each mask, and how they spread."""
-    found: dict[str, Any] = {"voxels": voxels, "spread_voxels": spread(voxels)}
+    found: dict[str, Any] = {"voxels": voxels}
+    if spreads:
+        found["spread_voxels"] = spread(voxels)
     if volume.voxel_mm3 is not None:
         mm3 = [v * volume.voxel_mm3 for v in voxels]
-        found |= {"mm3": mm3, "mL": [v / 1000 for v in mm3], "spread_mm3": spread(mm3)}
-        found["spread_mL"] = {k: v / 1000 for k, v in found["spread_mm3"].items()}
+        found |= {"mm3": mm3, "mL": [v / 1000 for v in mm3]}
+        if spreads:
+            found["spread_mm3"] = spread(mm3)
+            found["spread_mL"] = {k: v / 1000 for k, v in found["spread_mm3"].items()}
     return found
 
 
@@ -262,12 +296,13 @@ def _against(sampled: SampledVolume, raters: np.ndarray) -> dict[str, float]:
 def as_text(summary: dict[str, Any], output: str | os.PathLike[str]) -> str:
     """A few lines for people."""
     sizes = summary["sizes"]
-    unit = "mL" if "mL" in sizes else "voxels"
+    what, unit = ("volume", "mL") if "mL" in sizes else ("size", "voxels")
     found = sizes[f"spread_{unit}"]
     middle = f"median {found['median']:.4g}, 90 % of them from {found['p05']:.4g} to {found['p95']:.4g} {unit}"
-    tiles = f", {len(summary['tiles'])} tiles each" if len(summary["tiles"]) > 1 else ""
+    tiles = f", {len(summary['tiles'])} tiles a slice" if len(summary["tiles"]) > 1 else ""
     lines = [
-        f"{summary['n']} masks of {summary['slices'][1] - summary['slices'][0]} slices{tiles}: {middle}",
+        f"{summary['n']} masks of {_where(summary['sampled'])}{tiles}",
+        f"{what} of {sizes['of']}: {middle}",
         f"empty: {sum(v == 0 for v in sizes['voxels'])} of {summary['n']}",
     ]
     if not any(sizes["voxels"]):
@@ -276,9 +311,30 @@ def as_text(summary: dict[str, Any], output: str | os.PathLike[str]) -> str:
         )
     if "raters" in summary:
         raters = summary["raters"]
+        theirs = ", ".join(f"{size:.4g}" for size in raters["sizes"][unit])
+        lines.append(f"raters, {what} of {sizes['of']}: {theirs} {unit}")
+        if raters["voxels_not_compared"]:
+            elsewhere = ", ".join(f"{size:.4g}" for size in raters["sizes_not_compared"][unit])
+            lines.append(f"raters, elsewhere and not compared: {elsewhere} {unit}")
         lines.append(f"against {raters['count']} raters: GED {raters['ged']:.3f}, HM-IoU {raters['hm_iou']:.3f}")
     lines.append(f"written: {Path(output) / summary.get('report', SUMMARY)}")
     return "\n".join(lines)
+
+
+def _where(sampled: Mapping[str, Any]) -> str:
+    """Which slices, and where: "slices 80 to 95 of 0 to 119, z -112.5 to -75 mm, instances 81 to 96"."""
+    index, total = sampled["index"], sampled["slices_of_scan"]
+
+    def ends(values: Sequence[Any]) -> str:
+        return f"{values[0]}" if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+    words = f"slice{'s' * (len(index) > 1)} {ends(index)}"
+    words += f" of 0 to {total - 1}" if total > 1 else ""
+    if "z_mm" in sampled:
+        words += f", z {ends([mm(z) for z in sampled['z_mm']])} mm"
+    if None not in sampled.get("instance_number", [None]):
+        words += f", instance{'s' * (len(index) > 1)} {ends(sampled['instance_number'])}"
+    return words
 
 
 def provenance(

@@ -83,7 +83,15 @@ def _read(path: Path, series: str | None) -> Volume:
     for note in notes if _description(header) != _REPEATED else ():
         warn(path, note)
     return Volume(
-        _scaled(array, header), grid.spacing, grid.origin, grid.direction, "nifti", path, placed=placed, header=grid
+        _scaled(array, header),
+        grid.spacing,
+        grid.origin,
+        grid.direction,
+        "nifti",
+        path,
+        placed=placed,
+        header=grid,
+        window=_window(header),
     )
 
 
@@ -166,6 +174,12 @@ def _scaled(array: np.ndarray, header: Any) -> np.ndarray:
         return array
     kind = np.float64 if array.dtype == np.float64 else np.float32
     return (array * np.float64(slope) + intercept).astype(kind)
+
+
+def _window(header: Any) -> tuple[float, float] | None:
+    """cal_min and cal_max: what is to be shown black and white, after scaling."""
+    low, high = float(header["cal_min"]), float(header["cal_max"])
+    return (low, high) if np.isfinite([low, high]).all() and low < high else None
 
 
 def _geometry(header: Any) -> tuple[Grid, list[str], bool]:
