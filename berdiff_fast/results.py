@@ -15,12 +15,14 @@ import torch
 
 import berdiff_fast
 from berdiff_fast import metrics
+from berdiff_fast.coverage import Coverage
 from berdiff_fast.files import whole_file
 from berdiff_fast.imaging import volumes
 from berdiff_fast.imaging.summary import spread
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io import raters as raters_io
 from berdiff_fast.io.slices import Slices
+from berdiff_fast.io.stack import mm
 from berdiff_fast.result_files import (
     SUMMARY,
     WORK,
@@ -96,20 +98,29 @@ def write(
         voxels.append(sum(count))
     volumes.write(staged / mean_name, sampled.mean_slices(), volume)
     volumes.write(staged / entropy_name, sampled.entropy_slices(), volume)
+    coverage = Coverage.of(volume, provenance)
     summary = {
         **provenance,
+        "sampled": coverage.as_json(),
         "masks": mask_names,
         "mean": mean_name,
         "entropy": entropy_name,
         "segmentations": _segmentations(staged, sampled) if volume.format == "dicom" and any(voxels) else [],
-        "sizes": _sizes(voxels, volume),
+        "sizes": {"of": str(coverage), **_sizes(voxels, volume)},
     }
+    outside: list[int] = []
     if raters is not None:
         raters, outside = _where_sampled(raters, provenance)
-        summary["raters"] = {**_against(sampled.drawn(), raters), "voxels_not_compared": outside}
+        marked = _sizes(raters.sum((1, 2, 3)).tolist(), volume, spreads=False)
+        summary["raters"] = {
+            **_against(sampled.drawn(), raters),
+            "sizes": {"of": str(coverage), **marked},
+            "voxels_not_compared": sum(outside),
+            "sizes_not_compared": _sizes(outside, volume, spreads=False),
+        }
     if report:
         try:
-            _report(staged / "report.html", volume, sampled.drawn(), raters, provenance, anonymize)
+            _report(staged / "report.html", volume, sampled.drawn(), raters, provenance, coverage, outside, anonymize)
             summary["report"] = "report.html"
         except ValueError as error:  # too large, say: no reason to throw masks away
             logger.warning("no report: %s", error)
@@ -153,13 +164,13 @@ def _segmentations(stage: Path, sampled: SampledVolume) -> list[str]:
     return ["masks.dcm", "mean.dcm"]
 
 
-def _where_sampled(raters: np.ndarray, plan: Mapping[str, Any]) -> tuple[np.ndarray, int]:
-    """Raters' masks in the slices that were sampled, (R, slices, h, w), and how many voxels they marked elsewhere."""
+def _where_sampled(raters: np.ndarray, plan: Mapping[str, Any]) -> tuple[np.ndarray, list[int]]:
+    """Raters' masks in the slices that were sampled, (R, slices, h, w), and how many voxels each marked elsewhere."""
     region = _sampled_slices(sampled_region(plan, raters.shape[1:]), plan)
     inside = np.stack([_sampled_slices(mask, plan) & region for mask in raters])
-    outside = int(raters.sum()) - int(inside.sum())
-    if outside:
-        logger.warning("raters: %d voxels that they marked lie where nothing was sampled; not compared", outside)
+    outside = (raters.sum((1, 2, 3)) - inside.sum((1, 2, 3))).tolist()
+    if any(outside):
+        logger.warning("raters: %d voxels that they marked lie where nothing was sampled; not compared", sum(outside))
     return inside, outside
 
 
@@ -204,10 +215,12 @@ def report_again(
             if mask.shape != volume.array.shape:
                 raise ValueError(f"{root / name} has the shape {mask.shape}, and the scan {volume.array.shape}")
             masks.append(_sampled_slices(mask, summary) != 0)
+        coverage = Coverage.of(volume, summary)
+        outside: list[int] = []
         if theirs is not None:
-            theirs, _ = _where_sampled(theirs, summary)
+            theirs, outside = _where_sampled(theirs, summary)
         with whole_file(root / "report.html", follow=False) as new:
-            _report(new, volume, np.stack(masks), theirs, told, anonymize)
+            _report(new, volume, np.stack(masks), theirs, told, coverage, outside, anonymize)
             as_private_as(new, volume)
     except (KeyError, TypeError, IndexError, RuntimeError) as error:
         raise ValueError(f"{root / SUMMARY} is not of results of berdiff-fast sample: {error!r}") from None
@@ -226,7 +239,7 @@ def _scan_of(summary: dict[str, Any], root: Path) -> Path:
 
 
 #: What the summary says of results, beside how they were made.
-_RESULTS = ("masks", "mean", "entropy", "segmentations", "sizes", "raters", "rater_files", "report")
+_RESULTS = ("sampled", "masks", "mean", "entropy", "segmentations", "sizes", "raters", "rater_files", "report")
 
 
 def _report(
@@ -235,26 +248,42 @@ def _report(
     masks: np.ndarray,
     raters: np.ndarray | None,
     provenance: dict[str, Any],
+    coverage: Coverage,
+    outside: Sequence[int],
     anonymize: bool = False,
 ) -> None:
-    """Write it of masks, and raters' masks if there are any, in the slices that were sampled: (n, slices, h, w)."""
+    """Write it of masks, and raters' masks if there are any, in the slices that were sampled: (n, slices, h, w).
+
+    ``outside`` is how many voxels each rater marked elsewhere.
+    """
+    from berdiff_fast.imaging import windows
     from berdiff_fast.imaging.report import write_report
 
-    axis, (first, last) = provenance["axis"], provenance["slices"]  # the slices that were sampled are those to be shown
-    count = volume.array.shape[axis]
-    if not (0 <= axis <= 2 and 0 <= first < last <= count):
-        raise ValueError(f"slices must be some of the {count} along an axis, got {first} to {last} along {axis}")
-    part = "" if last - first == count else f", slices {first + 1} to {last} of {count}"
-    spacing = None if volume.spacing is None else [volume.spacing[2 - a] for a in (axis, *({0, 1, 2} - {axis}))]
+    image = _sampled_slices(volume.array, provenance)
+    several, unit = windows.of(volume, image)
     write_report(
         path,
-        _sampled_slices(volume.array, provenance),
+        image,
         masks,
-        title=("Scan" if anonymize or provenance.get("anonymized") else shown(file_name(volume))) + part,
-        spacing=spacing and tuple(spacing),
+        title="Scan" if anonymize or provenance.get("anonymized") else shown(file_name(volume)),
         raters=raters,
+        windows=several,
+        intensity=unit,
+        stack=coverage.stack,
+        coverage=str(coverage),
+        notes=_elsewhere(outside, volume),
         provenance=_without_names(provenance, anonymize),
     )
+
+
+def _elsewhere(outside: Sequence[int], volume: Volume) -> list[str]:
+    """What raters marked where nothing was sampled, for people."""
+    if not any(outside):
+        return []
+    found = _sizes([*outside], volume, spreads=False)
+    unit = "mL" if "mL" in found else "voxels"
+    each = ", ".join(f"{size:.4g}" for size in found[unit])
+    return [f"Raters marked more elsewhere, where nothing was sampled, and that is not counted here: {each} {unit}."]
 
 
 #: What tells where masks come from: names, and what finds the scan again for who has it.
@@ -272,13 +301,17 @@ def _without_names(provenance: Mapping[str, Any], anonymize: bool) -> dict[str, 
     return plain
 
 
-def _sizes(voxels: list[int], volume: Volume) -> dict[str, Any]:
+def _sizes(voxels: list[int], volume: Volume, *, spreads: bool = True) -> dict[str, Any]:
     """Of each mask, and how they spread."""
-    found: dict[str, Any] = {"voxels": voxels, "spread_voxels": spread(voxels)}
+    found: dict[str, Any] = {"voxels": voxels}
+    if spreads:
+        found["spread_voxels"] = spread(voxels)
     if volume.voxel_mm3 is not None:
         mm3 = [v * volume.voxel_mm3 for v in voxels]
-        found |= {"mm3": mm3, "mL": [v / 1000 for v in mm3], "spread_mm3": spread(mm3)}
-        found["spread_mL"] = {k: v / 1000 for k, v in found["spread_mm3"].items()}
+        found |= {"mm3": mm3, "mL": [v / 1000 for v in mm3]}
+        if spreads:
+            found["spread_mm3"] = spread(mm3)
+            found["spread_mL"] = {k: v / 1000 for k, v in found["spread_mm3"].items()}
     return found
 
 
@@ -292,12 +325,13 @@ def _against(masks: np.ndarray, raters: np.ndarray) -> dict[str, float]:
 def as_text(summary: dict[str, Any], output: str | os.PathLike[str]) -> str:
     """A few lines for people."""
     sizes = summary["sizes"]
-    unit = "mL" if "mL" in sizes else "voxels"
+    what, unit = ("volume", "mL") if "mL" in sizes else ("size", "voxels")
     found = sizes[f"spread_{unit}"]
     middle = f"median {found['median']:.4g}, 90 % of them from {found['p05']:.4g} to {found['p95']:.4g} {unit}"
-    tiles = f", {len(summary['tiles'])} tiles each" if len(summary["tiles"]) > 1 else ""
+    tiles = f", {len(summary['tiles'])} tiles a slice" if len(summary["tiles"]) > 1 else ""
     lines = [
-        f"{summary['n']} masks of {summary['slices'][1] - summary['slices'][0]} slices{tiles}: {middle}",
+        f"{summary['n']} masks of {_where(summary['sampled'])}{tiles}",
+        f"{what} of {sizes['of']}: {middle}",
         f"empty: {sum(v == 0 for v in sizes['voxels'])} of {summary['n']}",
     ]
     if not any(sizes["voxels"]):
@@ -306,9 +340,30 @@ def as_text(summary: dict[str, Any], output: str | os.PathLike[str]) -> str:
         )
     if "raters" in summary:
         raters = summary["raters"]
+        theirs = ", ".join(f"{size:.4g}" for size in raters["sizes"][unit])
+        lines.append(f"raters, {what} of {sizes['of']}: {theirs} {unit}")
+        if raters["voxels_not_compared"]:
+            elsewhere = ", ".join(f"{size:.4g}" for size in raters["sizes_not_compared"][unit])
+            lines.append(f"raters, elsewhere and not compared: {elsewhere} {unit}")
         lines.append(f"against {raters['count']} raters: GED {raters['ged']:.3f}, HM-IoU {raters['hm_iou']:.3f}")
     lines.append(f"written: {Path(output) / summary.get('report', SUMMARY)}")
     return "\n".join(lines)
+
+
+def _where(sampled: Mapping[str, Any]) -> str:
+    """Which slices, and where: "slices 80 to 95 of 0 to 119, z -112.5 to -75 mm, instances 81 to 96"."""
+    index, total = sampled["index"], sampled["slices_of_scan"]
+
+    def ends(values: Sequence[Any]) -> str:
+        return f"{values[0]}" if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+    words = f"slice{'s' * (len(index) > 1)} {ends(index)}"
+    words += f" of 0 to {total - 1}" if total > 1 else ""
+    if "z_mm" in sampled:
+        words += f", z {ends([mm(z) for z in sampled['z_mm']])} mm"
+    if None not in sampled.get("instance_number", [None]):
+        words += f", instance{'s' * (len(index) > 1)} {ends(sampled['instance_number'])}"
+    return words
 
 
 def provenance(

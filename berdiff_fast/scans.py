@@ -7,9 +7,10 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from berdiff_fast.network.unet import UNet
 from berdiff_fast.sampled import SampledVolume
 from berdiff_fast.sampling import Sampler, sample
 from berdiff_fast.store import Store as _Store
+
+#: What is said before the work, and can be done without.
+hints = logging.getLogger("berdiff_fast.hints")
 
 
 def sample_until(
@@ -111,6 +115,7 @@ def sample_volume(
     plane: str | int = "axial",
     slices: tuple[int, int] | None = None,
     center: tuple[float, float] | None = None,
+    center_mm: tuple[float, float, float] | None = None,
     roi: tuple[int, int, int, int] | None = None,
     overlap: float = 0.25,
     work: str | os.PathLike[str] | None = None,
@@ -136,6 +141,8 @@ def sample_volume(
             stacked along. The axes that are left are called row and column, and are not turned: as stored.
         slices: (first, last + 1) along it; all by default.
         center: (row, column) of what is to be marked: a single tile of the model's ``size`` around it.
+        center_mm: (x, y, z) in mm in the patient's left, posterior and superior (LPS; RAS, as NIfTI has it, is
+            (-x, -y, z)), instead of ``center``: the row and the column there.
         roi: (row, row, column, column), from and up to: only there.
         overlap: of tiles, as a share of their size.
         work: a folder to keep what is done in, so that the same call goes on there after an interruption; the caller
@@ -162,8 +169,12 @@ def sample_volume(
     shape = tuple(np.delete(volume.array.shape, axis).tolist())
     count = volume.array.shape[axis]
     first, last = _range("slices", slices, count)
+    if center_mm is not None:
+        center = _center(volume, axis, center_mm, (first, last), center is not None or roi is not None)
     tiling = _Tiling.of(model, volume, axis, shape, center, roi, overlap)
     tiling.check_room(sampler.n)
+    if center is None:
+        _hint(model, tiling)
     seeds = rng.image_seeds(seed, len(tiling.tiles))
     plan = {
         "n": sampler.n,
@@ -200,13 +211,46 @@ def sample_volume(
                 [tiling.cut(part, volume.outside(part)) for part in (volume.array.take(i, axis) for i in chosen)]
             )
             img = model.preprocess(tiles[:, None]).to(device)
-            moved = functools.partial(_times, advance, len(chosen))
+            moved = functools.partial(_move, advance, chosen)
             masks = sampler(img, seed=seeds.repeat(len(chosen)), progress=moved)
             assert isinstance(masks, torch.Tensor)
             for i, of_slice in zip(chosen, masks[:, :, 0].cpu().split(len(tiling.tiles)), strict=True):
                 bits = np.packbits(tiling.join(of_slice).numpy(), axis=0, bitorder="little")
                 store.put(i, bits)
     return SampledVolume(volume, sampler.n, store.bits, plan)
+
+
+def _center(
+    volume: Volume, axis: int, point: tuple[float, float, float], slices: tuple[int, int], otherwise: bool
+) -> tuple[float, float]:
+    """The row and the column of a point, which has to lie in one of the slices."""
+    if otherwise:
+        raise ValueError("center_mm, center and roi exclude each other")
+    indices = volume.index_of(point, "center_mm")
+    at = round(indices[axis])
+    if not slices[0] <= at < slices[1]:
+        raise ValueError(
+            f"center_mm must lie in one of the slices {slices[0]} to {slices[1] - 1}, got {tuple(point)}, which is in "
+            f"slice {at}; give slices that have it"
+        )
+    row, column = np.delete(indices, axis).tolist()
+    return row, column
+
+
+def _hint(model: BerDiff, tiling: _Tiling) -> None:
+    """Say before the work that a model may know the middle of its images only."""
+    assert model.preprocessing is not None
+    if model.preprocessing.size is None or len(tiling.tiles) == 1:
+        return
+    height, width = model.preprocessing.size
+    hints.warning(
+        "the model was trained on images of %d x %d, and each slice is cut into %d of them. A model that was trained "
+        "on cuts around what it marks, as lidc was around nodules, knows the middle of a cut only: give it a center "
+        "(--center ROW COLUMN or --center-mm X Y Z)",
+        height,
+        width,
+        len(tiling.tiles),
+    )
 
 
 def _range(name: str, given: tuple[int, int] | None, count: int) -> tuple[int, int]:
@@ -395,20 +439,25 @@ def fingerprint(model: BerDiff) -> str:
     return digest.hexdigest()
 
 
-def _times(advance: Callable[[float], object], slices: int, share: float) -> None:
-    """Move by a share of so many slices."""
-    advance(share * slices)
+def _move(advance: Callable[[float, str], object], slices: Sequence[int], share: float) -> None:
+    """Tell of a share of the work on some slices."""
+    advance(share * len(slices), f"slice {slices[-1]}")
 
 
 @contextlib.contextmanager
-def _bar(show: bool, total: int, done: int):
+def _bar(show: bool, total: int, done: int) -> Iterator[Callable[[float, str], object]]:
+    """A bar over slices; it is told how many more are done, in parts of one too, and what is worked on."""
     if not show:
-        yield lambda count: None
+        yield lambda count, done: None
         return
     from tqdm.auto import tqdm
 
     # It moves within a slice, which takes long on a CPU: so many tenths of slices.
-    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
     with tqdm(total=total, initial=done, desc="sampling", unit="slice", bar_format=form) as bar:
-        advance: Callable[[float], Any] = bar.update
+
+        def advance(slices: float, now: str) -> None:
+            bar.set_postfix_str(now, refresh=False)
+            bar.update(slices)
+
         yield advance

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+from collections.abc import Iterator
 
 #: A message of more characters than this is cut: some hold what a file said, which has no end.
 LONGEST = 2000
@@ -41,6 +43,22 @@ def line(error: BaseException | str) -> str:
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     return text
+
+
+@contextlib.contextmanager
+def silence(name: str, silent: bool = True) -> Iterator[None]:
+    """Drop the messages of a logger within a ``with`` block."""
+    logger = logging.getLogger(name)
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    if silent:
+        logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
 
 
 class _Shown(logging.Filter):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest_plugins = ["pytester"]
+pytest_plugins = ["pytester", "browsing"]
 
 HAS_GPU = torch.cuda.is_available()
 

@@ -37,6 +37,22 @@ def scan(geometry: str = "anisotropic", shape: tuple[int, int, int] = (5, 17, 23
     return Volume(array.astype(dtype), **GEOMETRIES[geometry])  # type: ignore[arg-type]
 
 
+def stored_as(volume: Volume, order: tuple[int, ...], flips: tuple[int, ...]) -> Volume:
+    """The same voxels in the same places, stored with the axes of the array in another order, some of them reversed."""
+    assert volume.spacing is not None
+    array, origin = volume.array.transpose(order), np.array(volume.origin)
+    along = [volume.direction[:, 2 - a] for a in order]
+    spacing = [volume.spacing[2 - a] for a in order]
+    for axis in (0, 1, 2):
+        if flips[axis]:
+            origin = origin + along[axis] * spacing[axis] * (array.shape[axis] - 1)
+            along[axis] = -along[axis]
+            array = np.flip(array, axis)
+    return Volume(
+        np.ascontiguousarray(array), tuple(spacing[::-1]), tuple(origin.tolist()), np.stack(along[::-1], axis=1)
+    )
+
+
 def write_series(folder: Path, volume: Volume, *, drop: int | None = None, uid: str | None = None, **changes) -> None:
     """As a scanner would: a file per slice, named in no order, in Hounsfield units by slope and intercept."""
     import pydicom

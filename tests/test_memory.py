@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory follows what is asked for: a cut of a large scan takes the scan and little more. Measured in a child process."""
+"""Memory follows what is asked for: a cut of a large scan takes the scan and little more, measured in a child."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ class Sample(Command):
 
     Written are n masks, their mean and their disagreement (entropy, in bits) on the grid of INPUT, as NIfTI for DICOM,
     with DICOM segmentations beside; summary.json has sizes and how it was done. The bundled model lidc was trained on
-    128 x 128 cuts with a nodule in the middle: give it a --center. Not a medical device. More: docs/scans.md
+    128 x 128 cuts with a nodule in the middle: give it a --center or --center-mm. Slices, rows, columns and masks are
+    counted from 0. Not a medical device. More: docs/scans.md
 
     Args:
         input: a file, or a folder with a DICOM series
@@ -42,8 +43,10 @@ class Sample(Command):
         method: sampler
         spacing: of timesteps; none: the model's own
         plane: of the slices
-        slices: only from FIRST to before END
+        slices: only from FIRST to before END, counted from 0
         center: pixel in the middle of a cut
+        center_mm: the same by its place in the patient, in mm to the left, back and head (LPS, as DICOM has it; of a
+            point in RAS, as NIfTI has it, give -X -Y Z)
         roi: rows and columns to keep to
         overlap: of tiles, as a fraction
         modes: of a model with a mode prior: only masks of these size classes, or: non-empty
@@ -70,6 +73,7 @@ class Sample(Command):
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
     slices: Annotated[tuple[int, int] | None, arg(metavar="FIRST END")] = None
     center: Annotated[tuple[float, float] | None, arg(metavar="ROW COLUMN"), _WHERE] = None
+    center_mm: Annotated[tuple[float, float, float] | None, arg(metavar="X Y Z"), _WHERE] = None
     roi: Annotated[tuple[int, int, int, int] | None, arg(metavar="ROW END COLUMN END"), _WHERE] = None
     overlap: float = 0.25
     modes: Annotated[tuple[str, ...], arg(metavar="CLASS [CLASS ...]", help_behavior_hint="")] = ()
@@ -102,6 +106,7 @@ class Sample(Command):
             plane=self.plane,
             slices=self.slices,
             center=self.center,
+            center_mm=self.center_mm,
             roi=self.roi,
             overlap=self.overlap,
             method=self.method,
@@ -112,7 +117,10 @@ class Sample(Command):
         if self.modes:
             by_name = not self.modes[0].isdecimal()
             options["modes"] = self.modes[0] if by_name else [int(w) if w.isdecimal() else w for w in self.modes]
-        with results.folder(self.output, volume, self.n, raters=files, overwrite=self.overwrite) as work:
+        with (
+            words.silence("berdiff_fast.hints", self.quiet),
+            results.folder(self.output, volume, self.n, raters=files, overwrite=self.overwrite) as work,
+        ):
             sampled = scans.sample_volume(
                 model, volume, self.n, self.steps, work=work, progress=not self.quiet, **options
             )

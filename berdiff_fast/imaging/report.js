@@ -139,14 +139,78 @@
     return found;
   }
 
-  const images = [];
-  function image(index) {
-    if (!images[index]) {
-      images[index] = new Image();
-      images[index].addEventListener("load", requestDraw);
-      images[index].src = data.images[index];
+  // ------------------------------------------------------------------ intensities
+
+  /** Of the slices visited last: null while it is on its way, then what can be drawn, or the levels of its pixels. */
+  const read = new Map();
+  function fetched(index, make) {
+    if (!read.has(index)) {
+      read.set(index, null);
+      if (read.size > 16) read.delete(read.keys().next().value);
+      make().then((found) => {
+        read.set(index, found);
+        requestDraw();
+      });
     }
-    return images[index];
+    return read.get(index);
+  }
+
+  async function decodePicture(index) {
+    const picture = new Image();
+    picture.src = data.images[index];
+    await picture.decode();
+    return picture;
+  }
+
+  /** Levels of a slice: of each row the first, then differences, as `packed` in encoding.py describes. */
+  async function decodeLevels(index) {
+    const packed = Uint8Array.from(atob(data.values[index]), (c) => c.charCodeAt(0));
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+    const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
+    const pixels = width * height;
+    const levels = new Uint16Array(pixels);
+    for (let i = 0, before = 0; i < pixels; i++) {
+      const number = bytes[i] + 256 * bytes[pixels + i];
+      const difference = (number >>> 1) ^ -(number & 1);
+      before = (i % width ? before : 0) + difference;
+      levels[i] = before; // modulo 2^16
+    }
+    return levels;
+  }
+
+  const pixelsOf = (index) =>
+    fetched(index, () => (data.values.length ? decodeLevels(index) : decodePicture(index)));
+
+  const intensity = (level) => data.lowest + data.step * level;
+
+  /** [low, high] that are shown black and white. */
+  function windowed() {
+    const level = $("level").valueAsNumber, size = $("width").valueAsNumber;
+    if (!Number.isFinite(level) || !(size > 0)) return [data.windows[0].low, data.windows[0].high];
+    return [level - size / 2, level + size / 2];
+  }
+
+  const greys = document.createElement("canvas");
+  Object.assign(greys, { width, height });
+  /** A canvas of levels in the window of now. */
+  function shade(levels) {
+    const [low, high] = windowed();
+    const context = greys.getContext("2d");
+    const pixels = context.createImageData(width, height);
+    const rgba = new Uint32Array(pixels.data.buffer);
+    for (let i = 0; i < levels.length; i++) {
+      const part = high > low ? (intensity(levels[i]) - low) / (high - low) : 0.5;
+      const grey = Math.round(255 * Math.min(1, Math.max(0, part)));
+      rgba[i] = (0xff000000 | (grey * 0x010101)) >>> 0;
+    }
+    context.putImageData(pixels, 0, 0);
+    return greys;
+  }
+
+  /** What is to be drawn of a slice, or null: then it is on its way, and everything is drawn again when it is there. */
+  function image(index) {
+    const found = pixelsOf(index);
+    return found instanceof Uint16Array ? shade(found) : found;
   }
 
   // ------------------------------------------------------------------ drawing
@@ -163,7 +227,7 @@
   /** Draw the current slice on a canvas, `unit` of whose pixels make one of the screen. */
   function draw(target, layers, unit) {
     const picture = image(current().slice);
-    if (!picture.complete) return; // and it will be called again
+    if (!picture) return false; // and it will be called again
     const here = slice(current().slice), sample = current().sample;
     const { x, y, w, h } = region();
     const context = target.getContext("2d");
@@ -181,12 +245,12 @@
       context.stroke(scaled);
     };
 
-    context.resetTransform();
     context.globalAlpha = 1;
     context.lineJoin = "round";
     context.fillStyle = "#000";
     context.fillRect(0, 0, target.width, target.height);
-    context.setTransform(place);
+    context.save();
+    context.transform(sx, 0, 0, sy, -x * sx, -y * sy);
     context.imageSmoothingEnabled = pressed("smooth");
     context.imageSmoothingQuality = "high";
     context.drawImage(picture, 0, 0);
@@ -198,7 +262,7 @@
       context.fillStyle = data.colors[sample];
       context.fill(here.outlines()[sample]);
     }
-    context.resetTransform();
+    context.restore();
     if (layers.has("contours")) {
       const over = layers.has("mean") || layers.has("disagreement");
       context.globalAlpha = over ? 0.35 : count > 24 ? 0.45 : 0.85;
@@ -216,7 +280,13 @@
     }
     if (layers.has("sample") || layers.has("contours")) stroke(here.outlines()[sample], data.colors[sample], 2.25);
     if (data.spacing) ruler(context, sx / data.spacing[1], unit, target);
-    target.dataset.shows = [data.slices[current().slice], sample + 1, ...layers].join(" ");
+    return true;
+  }
+
+  /** Say what a canvas shows, for who reads the page by a program. */
+  function label(target, layers) {
+    target.dataset.shows = [data.slices[current().slice], current().sample, ...layers].join(" ");
+    target.dataset.window = windowed().join(" ");
   }
 
   /** A bar of a round number of millimetres. */
@@ -255,7 +325,7 @@
       const w = Math.round(canvas.clientWidth * density), h = Math.round(canvas.clientHeight * density);
       if (w && h) { // not in print
         if (canvas.width !== w || canvas.height !== h) Object.assign(canvas, { width: w, height: h });
-        draw(canvas, current().layers, density);
+        if (draw(canvas, current().layers, density)) label(canvas, current().layers);
       }
       if (printing.matches) drawContact();
     });
@@ -265,11 +335,15 @@
   const printing = window.matchMedia("print");
   function drawContact() {
     for (const target of document.querySelectorAll("#contact canvas")) {
-      target.width = 900;
-      target.height = Math.max(1, Math.round(900 / data.aspect));
-      draw(target, new Set(target.dataset.layers.split(" ")), 900 / 420);
+      const layers = new Set(target.dataset.layers.split(" "));
+      // A picture, not what was drawn: Chromium prints the strokes of a canvas at a scale that is 3 % off.
+      const page = new OffscreenCanvas(900, Math.max(1, Math.round(900 / data.aspect)));
+      if (!draw(page, layers, 900 / 420)) continue;
+      Object.assign(target, { width: page.width, height: page.height });
+      target.getContext("bitmaprenderer").transferFromImageBitmap(page.transferToImageBitmap());
+      label(target, layers);
     }
-    document.querySelector("[data-caption]").textContent = sliceName();
+    document.querySelector("[data-caption]").textContent = `${sliceName()}${place()}; ${windowName()}`;
   }
 
   // ------------------------------------------------------------------ controls
@@ -292,7 +366,19 @@
   /** Whole, or with four significant digits. */
   const number = (value) =>
     value.toLocaleString("en", value < 1000 ? { maximumSignificantDigits: 4 } : { maximumFractionDigits: 0 });
-  const sliceName = () => `Slice ${data.slices[current().slice]} of ${data.total}`;
+  /** Counted from 0: " of 0–15", or nothing where there is one. */
+  const range = (many) => (many > 1 ? ` of 0–${many - 1}` : "");
+  const sliceName = () => `Slice ${data.slices[current().slice]}${range(data.total)}`;
+  const place = () => {
+    const words = data.places[current().slice];
+    return words && `, ${words}`;
+  };
+  const windowName = () => {
+    const [low, high] = windowed();
+    const chosen = $("window").selectedOptions[0].value;
+    const name = chosen === "own" ? "" : `${data.windows[chosen].name}, `;
+    return `window ${name}${number(low)} to ${number(high)} ${data.intensity}`.trim();
+  };
 
   /** Words follow the controls at once, the picture with the next frame. */
   function update() {
@@ -303,13 +389,13 @@
     const area = data.spacing ? `${number(pixels * data.spacing[0] * data.spacing[1])} mm²` : `${number(pixels)} ${data.unit}`;
     const color = data.colors[sample];
     $("status").textContent =
-      `${sliceName()}, sample ${sample + 1} of ${count}: ${area} here. ` +
+      `${sliceName()}${place()}, sample ${sample}${range(count)}: ${area} here. ` +
       `${marking} of ${count} ${count === 1 ? "sample marks" : "samples mark"} this slice.`;
-    $("slice-value").textContent = `${data.slices[index]} of ${data.total}`;
-    $("slice").setAttribute("aria-valuetext", sliceName());
-    $("sample-value").textContent = `${sample + 1} of ${count}`;
-    $("sample").setAttribute("aria-valuetext", `Sample ${sample + 1} of ${count}`);
-    $("sample-name").textContent = `sample ${sample + 1}`;
+    $("slice-value").textContent = `${data.slices[index]}${range(data.total)}`;
+    $("slice").setAttribute("aria-valuetext", sliceName() + place());
+    $("sample-value").textContent = `${sample}${range(count)}`;
+    $("sample").setAttribute("aria-valuetext", `Sample ${sample}${range(count)}`);
+    $("sample-name").textContent = `sample ${sample}`;
     $("opacity-value").textContent = `${Math.round(100 * opacity)} %`;
     $("sample-swatch").style.setProperty("--color", color);
     document.documentElement.style.setProperty("--chosen", color);
@@ -321,7 +407,7 @@
       button.closest("tr").toggleAttribute("aria-current", k === sample);
     });
     requestDraw();
-    for (const near of [index - 1, index + 1]) if (data.images[near]) image(near);
+    for (const near of [index - 1, index + 1]) if (data.slices[near] !== undefined) pixelsOf(near);
   }
 
   function move(id, by) {
@@ -343,6 +429,23 @@
     update();
   }
 
+  /** Level and width follow the window that is chosen; numbers that are typed make one of the reader's own. */
+  function choose() {
+    const chosen = data.windows[$("window").value];
+    if (chosen) {
+      const { low, high } = chosen;
+      $("level").value = +((low + high) / 2).toPrecision(6);
+      $("width").value = +(high - low).toPrecision(6);
+    }
+    requestDraw();
+  }
+
+  function nextWindow() {
+    if (!data.values.length) return;
+    $("window").value = String(((Number($("window").value) || 0) + 1) % data.windows.length);
+    choose();
+  }
+
   function help() {
     const open = $("help").hidden;
     $("help").hidden = !open;
@@ -352,6 +455,7 @@
   const shortcuts = {
     ArrowLeft: () => move("sample", -1),
     ArrowRight: () => move("sample", 1),
+    w: nextWindow,
     z: () => press("zoom"),
     "?": help,
   };
@@ -374,6 +478,13 @@
   });
 
   for (const id of ["slice", "sample", "opacity"]) $(id).addEventListener("input", update);
+  $("window").addEventListener("change", choose);
+  for (const id of ["level", "width"]) {
+    $(id).addEventListener("input", () => {
+      $("window").value = "own";
+      requestDraw();
+    });
+  }
   for (const name of LAYERS) $(`layer-${name}`).addEventListener("change", () => changed(name));
   $("zoom").addEventListener("click", () => press("zoom"));
   $("smooth").addEventListener("click", () => press("smooth"));
@@ -383,22 +494,36 @@
     if (button) move("sample", Number(button.dataset.sample) - current().sample);
   });
 
+  /** The row and column of the array that a pixel of the picture is. */
+  function stored(row, column) {
+    const [transposed, upsideDown, mirrored] = data.turned;
+    const at = [upsideDown ? height - 1 - row : row, mirrored ? width - 1 - column : column];
+    return transposed ? at.reverse() : at;
+  }
+
   canvas.addEventListener("pointermove", (event) => {
     const box = canvas.getBoundingClientRect(), { x, y, w, h } = region(), here = slice(current().slice);
     const column = Math.floor(x + ((event.clientX - box.left) / box.width) * w);
     const row = Math.floor(y + ((event.clientY - box.top) / box.height) * h);
     if (column < 0 || row < 0 || column >= width || row >= height) return;
-    const votes = here.votes[row * width + column];
+    const at = row * width + column, votes = here.votes[at], found = pixelsOf(current().slice);
+    const value = found instanceof Uint16Array ? `, ${number(intensity(found[at]))} ${data.intensity}`.trimEnd() : "";
+    const [storedRow, storedColumn] = stored(row, column);
     $("readout").textContent =
-      `Row ${row}, column ${column}: in ${votes} of ${count} samples, ${entropy(votes).toFixed(2)} bits` +
-      (raterCount ? `, in ${here.rated[row * width + column]} of ${raterCount} raters` : "");
+      `Row ${storedRow}, column ${storedColumn}${value}: in ${votes} of ${count} samples, ` +
+      `${entropy(votes).toFixed(2)} bits` + (raterCount ? `, in ${here.rated[at]} of ${raterCount} raters` : "");
   });
   canvas.addEventListener("pointerleave", () => { $("readout").textContent = ""; });
 
+  if (!("DecompressionStream" in window && "OffscreenCanvas" in window)) {
+    $("old").hidden = false;
+    return;
+  }
   $("viewer").hidden = false;
   $("zoom").disabled = !data.box;
   $("contact").style.setProperty("--aspect", data.aspect);
   document.querySelector(".slices-only").hidden = data.slices.length === 1;
+  choose();
   new ResizeObserver(requestDraw).observe(canvas);
   window.addEventListener("beforeprint", drawContact);
   printing.addEventListener("change", requestDraw);

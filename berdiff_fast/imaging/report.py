@@ -3,19 +3,20 @@
 
 The file holds all that it shows: it loads nothing, and a content security policy forbids it to. What has numbers
 (tables, histogram, summary) is written here and can be read without scripts; ``report.js`` draws slices and masks.
-Images travel as 8-bit PNG, the masks of a slice as runs of zeros and ones.
+Images travel as 8-bit PNG, or as intensities where there are several windows to see them in; the masks of a slice as
+runs of zeros and ones.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,12 @@ import torch
 
 from berdiff_fast import checks
 from berdiff_fast.files import write_text
-from berdiff_fast.imaging import tables
-from berdiff_fast.imaging.summary import disagreement, existence_in_words
+from berdiff_fast.imaging import encoding, tables, windows
+from berdiff_fast.imaging.summary import existence_in_words
+from berdiff_fast.io.stack import SliceStack
 
 #: Volumes of more slices than this are shown from the first to the last marked one, and this many beyond.
 _ALL_SLICES, _MARGIN = 40, 3
-
-# After Okabe and Ito, without the yellow, which is the raters', and with blue and green lightened for a dark slice.
-_SAMPLES = ("#E69F00", "#56B4E9", "#1FBF92", "#E8703A", "#D98CB8", "#7C9BFF")
-_RATER = "#F0E442"
-# Evenly spaced stops whose lightness rises; dark ones still differ from a grey slice by their hue.
-_RAMPS = {
-    "mean": ("#31378f", "#2a6fc4", "#1fa7b5", "#7fcf72", "#fbe94b"),
-    "disagreement": ("#56217a", "#a32a80", "#e2526a", "#f9a05c", "#fdf3bd"),
-}
 
 
 def write_report(
@@ -51,9 +44,14 @@ def write_report(
     unit: str = "px",
     raters: torch.Tensor | np.ndarray | None = None,
     window: tuple[float, float] | None = None,
+    windows: Mapping[str, tuple[float, float]] | None = None,
+    intensity: str = "",
     provenance: Mapping[str, Any] | None = None,
     max_bytes: int = 50_000_000,
     existence: float | None = None,
+    stack: SliceStack | None = None,
+    coverage: str = "",
+    notes: Sequence[str] = (),
 ) -> None:
     """Write one self-contained HTML file that shows n masks of an image, or of the slices of a volume.
 
@@ -61,22 +59,34 @@ def write_report(
 
     Of more than 40 slices, those before the first and after the last that any mask marks are left out, but for 3 on
     either side, and the page says so. Numbers are of the whole volume: generalised energy distance and HM-IoU
-    (docs/metrics.md) take each volume, flattened, as one mask. The same arguments give the same file.
+    (docs/metrics.md) take each volume, flattened, as one mask. Slices, rows, columns and masks are counted from 0, as
+    in arrays and file names. The same arguments give the same file.
 
     Args:
         path: the file; its folder must exist. It is written beside its place and renamed.
         image: (S, H, W) or (H, W) real numbers, finite.
         masks: (n, S, H, W), or (n, H, W) for one slice: bool or 0 and 1, n at least 1.
         title: the heading.
-        spacing: millimetres from pixel to pixel, (slice, row, column) or (row, column). With three, volumes are in mm3
-            or mL; with two, areas (summed over the slices) in mm2. Pixels are shown in their proportions.
+        spacing: millimetres from pixel to pixel, (slice, row, column) or (row, column); by default that of ``stack``.
+            With three, volumes are in mm3 or mL; with two, areas (summed over the slices) in mm2. Pixels are shown in
+            their proportions.
         unit: what a pixel is called in counts, where there is no spacing.
         raters: (R, S, H, W), or (R, H, W) for one slice: masks like ``masks``.
         window: (low, high) intensities shown as black and white; by default the 0.5th and 99.5th percentile.
+        windows: several of them by name, to choose from, the one to begin with first (``imaging.windows.of`` has those
+            of a scan). With more than one the page also takes a level and a width of the reader's own; the file then
+            holds the intensities, as ``imaging.encoding.levels`` rounds them. If it would exceed ``max_bytes`` with
+            them, it has the first window only, and says so.
+        intensity: the unit of intensities, such as "HU".
         provenance: values that JSON can hold, by name, shown as a table: seed, model, versions.
         max_bytes: refuse to write a larger file.
         existence: the probability that a reader marks something, ``1 - model.prior(img)[:, 0]`` of a model with a mode
             prior; by default the share of masks in which anything is marked.
+        stack: which slices of which volume ``image`` is (``SliceStack.of(volume, axis, first, end)``): their numbers
+            and places, and how they lie in the patient. With it slices are turned as radiologists have them, with
+            letters at the edges. Without it they are shown as stored and counted from 0.
+        coverage: what sizes are of, after "Volume of ...": by default what ``stack`` says.
+        notes: sentences shown beside the sizes.
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
@@ -85,22 +95,42 @@ def write_report(
     path = Path(path)
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"path must lie in an existing folder, got {path}")
-    for name, value in (("title", title), ("unit", unit)):
+    for name, value in (("title", title), ("unit", unit), ("intensity", intensity), ("coverage", coverage)):
         if not isinstance(value, str):
             raise TypeError(f"{name} must be a str, got {type(value).__name__}")
+    if isinstance(notes, str) or not all(isinstance(note, str) for note in notes):
+        raise TypeError(f"notes must be a sequence of str, got {notes!r}")
     checks.integer("max_bytes", max_bytes, 1)
     slices = _image(image)
     drawn = _masks("masks", masks, slices)
     rated = None if raters is None else _masks("raters", raters, slices)
+    if stack is not None and stack.count != len(slices):
+        raise ValueError(f"stack must be of the {len(slices)} slices of image, got {stack.count}")
+    if spacing is None and stack is not None:
+        spacing = stack.spacing
     pitch = None if spacing is None else _spacing(spacing)
-    shown = _window(slices, window)
+    shown = _windows(slices, window, windows)
     origin = _provenance(provenance)
     if existence is None:
         existence = float(drawn.any((1, 2, 3)).mean())
     elif isinstance(existence, bool) or not 0 <= existence <= 1:
         raise ValueError(f"existence must be a probability in [0, 1], got {existence!r}")
+    if stack is None:
+        stack = SliceStack(0, len(slices), len(slices))
+    elif not coverage:
+        coverage = "the whole scan" if stack.is_whole else f"{tables.count(stack.count, 'slice')} of {stack.total}"
 
-    text = _page(shown, drawn, rated, title, pitch, unit, origin, float(existence))
+    page = _Page(
+        slices, drawn, rated, stack, pitch, unit, shown, intensity, title, coverage, [*notes], origin, float(existence)
+    )
+    text = page.text()
+    if len(text.encode()) > max_bytes and len(shown) > 1:
+        first = next(iter(shown.items()))
+        note = (
+            f"Of {len(shown)} windows this file holds one: with the others it would take {_megabytes(text)}, more than "
+            f"the {max_bytes / 1e6:.3g} MB that it may."
+        )
+        text = replace(page, windows=dict([first]), window_note=note).text()
     size = len(text.encode())
     if size > max_bytes:
         raise ValueError(
@@ -108,6 +138,10 @@ def write_report(
             f"{size}: give fewer slices or masks, or crop them, or raise max_bytes"
         )
     write_text(path, text)
+
+
+def _megabytes(text: str) -> str:
+    return f"{len(text.encode()) / 1e6:.3g} MB"
 
 
 # ---------------------------------------------------------------------- arguments
@@ -153,18 +187,23 @@ def _spacing(value: Any) -> tuple[float, ...]:
     return pitch
 
 
-def _window(image: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
-    """(S, H, W) uint8."""
-    if window is None:
-        low, high = (float(x) for x in np.percentile(image, (0.5, 99.5)))
-        if low == high:  # a bright spot on nothing, or nothing
-            low, high = float(image.min()), float(image.max())
-    else:
-        low, high = checks.increasing_pair("window", window)
-    if low == high:
-        return np.full(image.shape, 128, np.uint8)
-    shown = (np.clip(image, low, high).astype(np.float64) - low) * (255 / (high - low))
-    return np.rint(shown).astype(np.uint8)
+def _windows(
+    image: np.ndarray, window: tuple[float, float] | None, several: Mapping[str, tuple[float, float]] | None
+) -> dict[str, tuple[float, float]]:
+    if several is None:
+        if window is None:
+            return {windows.PERCENTILE: windows.percentile(image)}
+        return {"fixed": checks.increasing_pair("window", window)}
+    if window is not None:
+        raise ValueError("window and windows exclude each other")
+    if not isinstance(several, Mapping) or not several or not all(isinstance(name, str) for name in several):
+        raise TypeError(f"windows must be a dict of (low, high) by name, not empty, got {several!r}")
+    found = {}
+    for name, pair in several.items():
+        # Percentiles of a slice without contrast are equal; it is shown grey.
+        equal = isinstance(pair, tuple) and len(pair) == 2 and pair[0] == pair[1] and math.isfinite(pair[0])
+        found[name] = (float(pair[0]), float(pair[1])) if equal else checks.increasing_pair(f"windows[{name!r}]", pair)
+    return found
 
 
 def _provenance(value: Mapping[str, Any] | None) -> dict[str, str]:
@@ -181,77 +220,114 @@ def _provenance(value: Mapping[str, Any] | None) -> dict[str, str]:
 # ---------------------------------------------------------------------- the page
 
 
-def _page(
-    image: np.ndarray,
-    masks: np.ndarray,
-    raters: np.ndarray | None,
-    title: str,
-    spacing: tuple[float, ...] | None,
-    unit: str,
-    provenance: dict[str, str],
-    existence: float,
-) -> str:
-    everyone = masks if raters is None else np.concatenate([masks, raters])
-    pixels = everyone.sum((1, 2, 3))
-    measure = tables.Measure.of(pixels, len(image), spacing, unit)
-    sizes = pixels * measure.per_pixel
-    own, theirs = sizes[: len(masks)], sizes[len(masks) :]
-    kept = _kept(everyone)
-    start = max(kept, key=lambda s: int(masks[:, s].sum()))
-    histogram, axis = tables.histogram(own, theirs, measure)
-    colors = [_color(k) for k in range(len(masks))]
-    height, width = image.shape[1:]
-    row, column = spacing[-2:] if spacing else (1.0, 1.0)
-    aspect = width * column / (height * row)
-    data = {
-        "width": width,
-        "height": height,
-        "aspect": aspect,
-        "spacing": [row, column] if spacing else None,
-        "unit": unit,
-        "total": len(image),
-        "slices": [s + 1 for s in kept],
-        "start": kept.index(start),
-        "count": len(masks),
-        "raterCount": len(theirs),
-        "colors": colors,
-        "raterColor": _RATER,
-        "ramps": _RAMPS,
-        "box": _box(everyone),
-        "sizes": own.tolist(),
-        "axis": axis,
-        "images": [_png(image[s]) for s in kept],
-        "masks": [_runs(masks[:, s]) for s in kept],
-        "raters": [] if raters is None else [_runs(raters[:, s]) for s in kept],
-    }
-    here = Path(__file__).parent
-    script = (here / "report.js").read_text("utf-8")
-    parts = {
-        "title": escape(title) or "Plausible masks",
-        "policy": f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'",
-        "style": (here / "report.css").read_text("utf-8"),
-        "facts": f"{tables.facts(image.shape, len(masks), len(theirs), spacing)} · {existence_in_words(existence)}",
-        "left_out": _left_out(kept, len(image)),
-        "mean_ramp": ", ".join(_RAMPS["mean"]),
-        "disagreement_ramp": ", ".join(_RAMPS["disagreement"]),
-        "last_slice": str(len(kept) - 1),
-        "start": str(kept.index(start)),
-        "last_sample": str(len(masks) - 1),
-        "raters_hidden": "hidden" if raters is None else "",
-        "slices_hidden": "hidden" if len(kept) == 1 else "",
-        "aspect": f"{aspect:.6g}",
-        "stills": _stills(image[start], masks[:, start], start + 1, aspect),
-        "measure": measure.name,
-        "summary": tables.summary(own, theirs, measure),
-        "histogram": histogram,
-        "agreement": "" if raters is None else tables.agreement(raters, masks),
-        "sizes": tables.sizes(own, theirs, everyone.any((2, 3)).sum(1), colors, _RATER, measure, len(image)),
-        "provenance": tables.provenance(provenance),
-        "data": re.sub(r"[<>&\u2028\u2029]", lambda c: f"\\u{ord(c[0]):04x}", json.dumps(data, ensure_ascii=False)),
-        "script": script,
-    }
-    # In one pass: a title that looks like a placeholder stays what it is.
-    return re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], (here / "report.html").read_text("utf-8"))
+@dataclass(frozen=True)
+class _Page:
+    image: np.ndarray  # (S, H, W) float32, as stored
+    masks: np.ndarray  # (n, S, H, W) bool
+    raters: np.ndarray | None
+    stack: SliceStack
+    spacing: tuple[float, ...] | None
+    unit: str
+    windows: dict[str, tuple[float, float]]
+    intensity: str
+    title: str
+    coverage: str
+    notes: list[str]
+    provenance: dict[str, str]
+    existence: float
+    window_note: str = ""
+
+    def text(self) -> str:
+        view, stack = self.stack.view, self.stack
+        masks, raters = self.masks, self.raters
+        everyone = masks if raters is None else np.concatenate([masks, raters])
+        pixels = everyone.sum((1, 2, 3))
+        measure = tables.Measure.of(pixels, len(self.image), self.spacing, self.unit)
+        sizes = pixels * measure.per_pixel
+        own, theirs = sizes[: len(masks)], sizes[len(masks) :]
+        kept = _kept(everyone)
+        start = max(kept, key=lambda s: int(masks[:, s].sum()))
+        histogram, axis = tables.histogram(own, theirs, measure)
+        colors = [encoding.color(k) for k in range(len(masks))]
+        image, masks, everyone = view.turn(self.image), view.turn(masks), view.turn(everyone)
+        height, width = image.shape[1:]
+        row, column = view.turn_spacing(*self.spacing[-2:]) if self.spacing else (1.0, 1.0)
+        aspect = width * column / (height * row)
+        low, high = next(iter(self.windows.values()))
+        first = encoding.grey(image[start], low, high)
+        data = {
+            "width": width,
+            "height": height,
+            "aspect": aspect,
+            "spacing": [row, column] if self.spacing else None,
+            "unit": self.unit,
+            "total": stack.total,
+            "slices": [stack.first + s for s in kept],
+            "places": [stack.place(s) for s in kept],
+            "turned": [view.transpose, view.flip_rows, view.flip_columns],
+            "start": kept.index(start),
+            "count": len(masks),
+            "raterCount": len(theirs),
+            "colors": colors,
+            "raterColor": encoding.RATER,
+            "ramps": encoding.RAMPS,
+            "box": encoding.box(everyone),
+            "sizes": own.tolist(),
+            "axis": axis,
+            "intensity": self.intensity,
+            "windows": [{"name": name, "low": low, "high": high} for name, (low, high) in self.windows.items()],
+            "masks": [encoding.runs(masks[:, s]) for s in kept],
+            "raters": [] if raters is None else [encoding.runs(view.turn(raters)[:, s]) for s in kept],
+        }
+        if len(self.windows) > 1:
+            levels, lowest, step = encoding.levels(image[kept])
+            data |= {"images": [], "values": [*map(encoding.packed, levels)], "lowest": lowest, "step": step}
+        else:
+            data |= {"images": [encoding.png(encoding.grey(image[s], low, high)) for s in kept], "values": []}
+        here = Path(__file__).parent
+        script = (here / "report.js").read_text("utf-8")
+        numbers = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        if self.coverage:
+            numbers = f"<p>{measure.name} of {escape(self.coverage)}, masks and raters alike.</p>{numbers}"
+        parts = {
+            "title": escape(self.title) or "Plausible masks",
+            "policy": f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'",
+            "style": (here / "report.css").read_text("utf-8"),
+            "facts": f"{tables.facts(self.image.shape, len(masks), len(theirs), self.spacing)} · "
+            f"{existence_in_words(self.existence)}",
+            "which": escape(_which(stack)),
+            "view": escape(str(view)),
+            "edges": _edges(view.edges),
+            "left_out": _left_out(kept, stack),
+            "window": _window_in_words(self.windows, self.intensity) + escape(self.window_note),
+            "windows_hidden": "" if len(self.windows) > 1 else "hidden",
+            "window_hidden": "hidden" if len(self.windows) > 1 else "",
+            "window_options": _options(self.windows),
+            "intensity": escape(self.intensity),
+            "mean_ramp": ", ".join(encoding.RAMPS["mean"]),
+            "disagreement_ramp": ", ".join(encoding.RAMPS["disagreement"]),
+            "last_slice": str(len(kept) - 1),
+            "start": str(kept.index(start)),
+            "last_sample": str(len(masks) - 1),
+            "raters_hidden": "hidden" if raters is None else "",
+            "slices_hidden": "hidden" if len(kept) == 1 else "",
+            "aspect": f"{aspect:.6g}",
+            "stills": _stills(encoding.stills(first, masks[:, start]), stack.first + start, aspect, view.edges),
+            "measure": measure.name,
+            "measured": f"{measure.name} of {escape(self.coverage)}" if self.coverage else measure.name,
+            "summary": tables.summary(own, theirs, measure),
+            "histogram": histogram,
+            "agreement": "" if raters is None else tables.agreement(raters, self.masks, self.coverage),
+            "sizes": tables.sizes(
+                own, theirs, everyone.any((2, 3)).sum(1), colors, encoding.RATER, measure, len(self.image)
+            ),
+            "notes": f'<div class="note">{numbers}</div>' if numbers else "",
+            "provenance": tables.provenance(self.provenance),
+            "data": re.sub(r"[<>&\u2028\u2029]", lambda c: f"\\u{ord(c[0]):04x}", json.dumps(data, ensure_ascii=False)),
+            "script": script,
+        }
+        # In one pass: a title that looks like a placeholder stays what it is.
+        return re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], (here / "report.html").read_text("utf-8"))
 
 
 def _kept(masks: np.ndarray) -> list[int]:
@@ -266,75 +342,46 @@ def _kept(masks: np.ndarray) -> list[int]:
     return list(range(first, last + 1))
 
 
-def _left_out(kept: list[int], total: int) -> str:
-    if len(kept) == total:
+def _left_out(kept: list[int], stack: SliceStack) -> str:
+    if len(kept) == stack.count:
         return ""
+    first, last = stack.first + kept[0], stack.first + kept[-1]
     return (
-        f'<p class="note">Slices {kept[0] + 1} to {kept[-1] + 1} of {total} are in this file. In the others nobody '
-        "marks anything.</p>"
+        f'<p class="note">Slices {first} to {last} are in this file. In the others, of {stack.first} to '
+        f"{stack.first + stack.count - 1}, nobody marks anything.</p>"
     )
 
 
-def _box(masks: np.ndarray) -> list[int] | None:
-    """[left, top, right, bottom] of all that is marked, the latter two exclusive."""
-    marked = np.asarray(masks.any((0, 1)))
-    if not marked.any():
-        return None
-    rows, columns = np.flatnonzero(marked.any(1)), np.flatnonzero(marked.any(0))
-    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+def _which(stack: SliceStack) -> str:
+    which = str(stack)
+    return f"{which[0].upper()}{which[1:]}; slices, rows, columns and samples are counted from 0."
 
 
-def _runs(masks: np.ndarray) -> str:
-    """Base64 of the lengths of runs of 0, 1, 0, ... over all masks, row by row; 7 bits a byte, the lowest first."""
-    bits = masks.ravel()
-    bounds = np.concatenate([[0], np.flatnonzero(bits[1:] != bits[:-1]) + 1, [bits.size]])
-    lengths = np.diff(bounds, prepend=0)[0 if bits[0] else 1 :]  # the first is of zeros, if it be none
-    groups = lengths[:, None] >> (7 * np.arange(6))
-    used = groups > 0
-    used[:, 0] = True
-    coded = (groups & 127) | (groups > 127) * 128
-    return base64.b64encode(coded[used].astype(np.uint8).tobytes()).decode()
+def _edges(letters: tuple[str, ...] | None) -> str:
+    """Letters over a picture, at its left, top, right and bottom edge."""
+    sides = zip(("left", "top", "right", "bottom"), letters or (), strict=False)
+    return "".join(f'<span class="edge {side}">{text}</span>' for side, text in sides)
 
 
-def _png(pixels: np.ndarray) -> str:
-    """A data URI of (H, W) or (H, W, 3) uint8."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+def _window_in_words(windows: Mapping[str, tuple[float, float]], unit: str) -> str:
+    name, (low, high) = next(iter(windows.items()))
+    ends = f"{low:.4g} to {high:.4g} {unit}".strip()
+    return f"Window: {escape(name)} ({escape(ends)}). "
 
 
-def _color(sample: int) -> str:
-    """Six hues, then the same ones lighter, then darker, then again."""
-    turn, hue = divmod(sample, len(_SAMPLES))
-    to, part = ((0, 0.0), (255, 0.5), (0, 0.3))[turn % 3]
-    return "#" + "".join(f"{round(v + (to - v) * part):02x}" for v in _rgb(_SAMPLES[hue]))
+def _options(windows: Mapping[str, tuple[float, float]]) -> str:
+    return "".join(f'<option value="{k}">{escape(name)}</option>' for k, name in enumerate(windows))
 
 
-def _rgb(color: str) -> tuple[int, ...]:
-    return tuple(bytes.fromhex(color[1:]))
-
-
-def _stills(image: np.ndarray, masks: np.ndarray, number: int, aspect: float) -> str:
+def _stills(pictures: list[str], number: int, aspect: float, letters: tuple[str, ...] | None) -> str:
     """Pictures of one slice, for browsers without scripts."""
-    mean = masks.mean(0)
-    pictures = [
-        ("Slice " + str(number), image),
-        ("Mean of the samples, blue 0 to yellow 1", _blend(image, mean, "mean")),
-        ("Disagreement, purple 0 to cream 1 bit", _blend(image, disagreement(mean).numpy(), "disagreement")),
-    ]
-    return "".join(
-        f'<figure><img src="{_png(pixels)}" alt="{caption}" style="aspect-ratio: {aspect:.6g}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-        for caption, pixels in pictures
+    captions = (
+        f"Slice {number}",
+        "Mean of the samples, blue 0 to yellow 1",
+        "Disagreement, purple 0 to cream 1 bit",
     )
-
-
-def _blend(image: np.ndarray, values: np.ndarray, ramp: str) -> np.ndarray:
-    """(H, W, 3) uint8: the colours of a map, 70 % opaque, where it is not 0."""
-    stops = np.array([_rgb(color) for color in _RAMPS[ramp]])
-    at = np.linspace(0, 1, len(stops))
-    colors = np.stack([np.interp(values, at, stops[:, c]) for c in range(3)], axis=-1)
-    alpha = 0.7 * (values > 0)[..., None]
-    return np.rint(image[..., None] * (1 - alpha) + colors * alpha).astype(np.uint8)
+    return "".join(
+        f'<figure><div class="framed"><img src="{picture}" alt="{caption}" style="aspect-ratio: {aspect:.6g}">'
+        f"{_edges(letters)}</div><figcaption>{caption}</figcaption></figure>"
+        for caption, picture in zip(captions, pictures, strict=True)
+    )

@@ -44,10 +44,12 @@ def _cell(value: float) -> str:
     return f'<td data-value="{float(value)!r}">{_number(value)}</td>'
 
 
-def facts(shape: tuple[int, ...], samples: int, raters: int, spacing: tuple[float, ...] | None) -> str:
-    def count(number: int, what: str) -> str:
-        return f"{number} {what}{'s' * (number != 1)}"
+def count(number: int, what: str) -> str:
+    """So many of them, in the singular or the plural."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
+
+def facts(shape: tuple[int, ...], samples: int, raters: int, spacing: tuple[float, ...] | None) -> str:
     found = [count(samples, "sample"), *([count(raters, "rater")] if raters else [])]
     found.append(f"{count(shape[0], 'slice')} of {shape[1]} × {shape[2]}")
     if spacing:
@@ -117,7 +119,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [k * step for k in range(max(0, math.ceil(low / step)), math.floor(high / step) + 1)]
 
 
-def agreement(raters: np.ndarray, masks: np.ndarray) -> str:
+def agreement(raters: np.ndarray, masks: np.ndarray, coverage: str = "") -> str:
     found = metrics.evaluate(raters[None], masks[None], ("ged", "hm_iou"))
     ged, iou = float(found["ged"]), float(found["hm_iou"])
     return (
@@ -126,7 +128,7 @@ def agreement(raters: np.ndarray, masks: np.ndarray) -> str:
         f'<td id="ged" data-value="{ged!r}">{ged:.3f}</td></tr>'
         '<tr><th scope="row">Matched overlap<small>HM-IoU, 0 to 1, higher is better</small></th>'
         f'<td id="hm_iou" data-value="{iou!r}">{iou:.3f}</td></tr></tbody></table>'
-        '<p class="note">Each volume counts as one mask.</p></section>'
+        f'<p class="note">Each volume counts as one mask{f", of {escape(coverage)}" if coverage else ""}.</p></section>'
     )
 
 
@@ -147,7 +149,7 @@ def sizes(
         return f'<i class="{kind}" style="--color: {color}"></i>'
 
     lines = [
-        line(k, f'<button type="button" data-sample="{k}">{swatch("swatch", colors[k])}Sample {k + 1}</button>', value)
+        line(k, f'<button type="button" data-sample="{k}">{swatch("swatch", colors[k])}Sample {k}</button>', value)
         for k, value in enumerate(own.tolist())
     ]
     lines += [

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from berdiff_fast._optional import require
-from berdiff_fast.io import dicom_pixels, limits
+from berdiff_fast.io import dicom_display, dicom_pixels, limits
 from berdiff_fast.io.dicom_stack import Frame, stack
 from berdiff_fast.io.volume import Format, Volume, warn
 from berdiff_fast.io.words import line
@@ -42,6 +42,7 @@ _HEADER = [
     "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "RescaleType",
     "ModalityLUTSequence", "PixelPaddingValue", "PixelPaddingRangeLimit", "GridFrameOffsetVector",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "DetectorInformationSequence",
+    *dicom_display.TAGS,
 ]  # fmt: skip
 
 
@@ -155,6 +156,12 @@ def _volume(path: Path, files: list[Path], headers: list[Any]) -> Volume:
     limits.check_voxels((len(order), frames[0].rows, frames[0].columns), 1)
     array, padding = _array(path, [frames[i] for i in order], [values[i] for i in order], headers[0])
     many = len(files) == 1 and len(frames) > 1
+    header_of = dict(zip(files, headers, strict=True))
+    display = dicom_display.settings(
+        [header_of[frames[i].file] for i in order],
+        [frames[i].number for i in order],
+        inverted=_is_inverted(headers[0], values[0]),
+    )
     return Volume(
         array,
         stacked.spacing,
@@ -166,6 +173,7 @@ def _volume(path: Path, files: list[Path], headers: list[Any]) -> Volume:
         tuple(order) if many else (),
         placed=stacked.placed,
         padding=padding,
+        **display,
     )
 
 

@@ -90,7 +90,17 @@ def _read(path: Path, series: str | None) -> Volume:
     grid, notes, placed = _geometry(header)
     for note in notes if _description(header) != _REPEATED else ():
         warn(path, note)
-    return Volume(array, grid.spacing, grid.origin, grid.direction, "nifti", path, placed=placed, header=grid)
+    return Volume(
+        array,
+        grid.spacing,
+        grid.origin,
+        grid.direction,
+        "nifti",
+        path,
+        placed=placed,
+        header=grid,
+        window=_window(header),
+    )
 
 
 @contextmanager
@@ -172,6 +182,12 @@ def _rescale(header: Any, kind: np.dtype[Any]) -> tuple[np.float64, float, type]
     if (slope, intercept) == (1, 0):
         return None
     return np.float64(slope), intercept, np.float64 if kind.newbyteorder("=") == np.float64 else np.float32
+
+
+def _window(header: Any) -> tuple[float, float] | None:
+    """cal_min and cal_max: what is to be shown black and white, after scaling."""
+    low, high = float(header["cal_min"]), float(header["cal_max"])
+    return (low, high) if np.isfinite([low, high]).all() and low < high else None
 
 
 def _geometry(header: Any) -> tuple[Grid, list[str], bool]:

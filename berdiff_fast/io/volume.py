@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ class Volume:
         placed: whether the file says where the voxels lie; None to conclude it from spacing, origin and direction.
         padding: (low, high) pairs: values from low to high mean "outside the scan", and are not tissue.
         header: what the format says of its grid in words of its own, copied to what is written in that format.
+        instance_numbers: DICOM's InstanceNumber of each slice of ``array``, None where it has none; else empty.
+        window: (low, high) that the file says its values are to be shown between; None where it does not.
+        hounsfield: whether values are in Hounsfield units; None where the file does not say.
     """
 
     array: np.ndarray
@@ -49,6 +52,9 @@ class Volume:
     placed: bool | None = None
     padding: tuple[tuple[float, float], ...] = ()
     header: Any = None
+    instance_numbers: tuple[int | None, ...] = ()
+    window: tuple[float, float] | None = None
+    hounsfield: bool | None = None
 
     @property
     def voxel_mm3(self) -> float | None:
@@ -73,6 +79,56 @@ class Volume:
         if plane in (0, 1, 2) and not isinstance(plane, (bool, str)):
             return int(plane)
         raise ValueError(f"plane must be one of {[*PLANES]} or an axis, 0 to 2, got {plane!r}")
+
+    def index_of(self, point: Sequence[float], name: str = "point") -> tuple[float, float, float]:
+        """Return the indices in ``array``, (slice, row, column), not rounded, of a point: voxel 0 has its middle at 0.
+
+        Args:
+            point: (x, y, z) in mm in the patient's left, posterior and superior (LPS, as DICOM and ITK have it). RAS,
+                as NIfTI has it, is (-x, -y, z).
+            name: what the point is called in errors.
+
+        Raises:
+            ValueError: it is not three finite numbers, lies outside, or the volume does not say where it lies.
+        """
+        try:
+            x = np.array([float(value) for value in point])
+        except (TypeError, ValueError):
+            x = np.empty(0)
+        if x.shape != (3,) or not np.isfinite(x).all():
+            raise ValueError(f"{name} must be three finite numbers X Y Z in mm, got {point!r}")
+        if self.spacing is None or not self.is_placed:
+            raise ValueError(
+                f"{name} needs a scan that says where its voxels lie, and this one ({self.format}) does not; give a "
+                "row and a column (center)"
+            )
+        sizes = np.array(self.array.shape[::-1])
+
+        def index(point: np.ndarray) -> np.ndarray:
+            return np.linalg.solve(self.direction * self.spacing, point - self.origin)
+
+        def inside(index: np.ndarray) -> bool:
+            return bool((index >= -0.5 - 1e-6).all() and (index <= sizes - 0.5 + 1e-6).all())
+
+        found = index(x)
+        if not inside(found):
+            corners = np.array(np.meshgrid(*((-0.5, size - 0.5) for size in sizes))).reshape(3, -1).T
+            reach = np.array(self.origin) + corners * self.spacing @ self.direction.T
+            extent = ", ".join(
+                f"{axis} {low:.1f} to {high:.1f}"
+                for axis, low, high in zip("XYZ", reach.min(0), reach.max(0), strict=True)
+            )
+            place = ", ".join(
+                f"{what} {value:.1f} of {size}"
+                for what, value, size in zip(("slice", "row", "column"), found[::-1], sizes[::-1], strict=True)
+            )
+            ras = " As RAS (NIfTI) it would lie inside: give -X -Y Z." if inside(index(x * (-1, -1, 1))) else ""
+            raise ValueError(
+                f"{name} must lie in the scan, which reaches over {extent} mm (LPS: to the patient's left, back and "
+                f"head), got {tuple(x.tolist())}, which would be {place}.{ras}"
+            )
+        z, y, x_ = np.clip(found, 0, sizes - 1)[::-1].round(6).tolist()
+        return z, y, x_
 
     def outside(self, part: np.ndarray) -> np.ndarray | None:
         """Where a part of ``array`` holds padding and no tissue: bool of its shape, or None if nowhere."""

@@ -275,7 +275,10 @@ class Sampler:
         plan, coefficients = self.plan, self._coefficients_on(masks.img.device)
 
         def draw(
-            chunk: Chunk, flags: torch.Tensor, window: int = 1, advance: Callable[[int], object] = lambda mask_steps: None
+            chunk: Chunk,
+            flags: torch.Tensor,
+            window: int = 1,
+            advance: Callable[[int], object] = lambda mask_steps: None,
         ) -> tuple[torch.Tensor, ...]:
             if chunk.img.is_cuda:  # on a CPU it is known before
                 flags[-1:].logical_or_(torch.isfinite(chunk.img).all().logical_not_())
@@ -386,9 +389,7 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(
-    masks: Masks, plan: Plan, show: bool | Callable[[float], object]
-) -> Iterator[Callable[[int], object]]:
+def _bar(masks: Masks, plan: Plan, show: bool | Callable[[float], object]) -> Iterator[Callable[[int], object]]:
     total = masks.rows * len(plan.timesteps)
     if callable(show):
         yield lambda mask_steps: show(mask_steps / total)

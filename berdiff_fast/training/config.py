@@ -160,6 +160,8 @@ def _check(config: TrainConfig) -> None:
         )
     if len(config.data.window) not in (0, 2):
         raise ValueError(f"data.window must be LOW HIGH or nothing, got {list(config.data.window)}")
+    if config.data.window and not -math.inf < config.data.window[0] < config.data.window[1] < math.inf:
+        raise ValueError(f"data.window must be LOW HIGH with LOW below HIGH, got {list(config.data.window)}")
     if augmentation.crop % network.halvings:
         raise ValueError(
             f"augmentation.crop must be a multiple of {network.halvings}, which the network halves down to, got "

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What DICOM headers say of showing a scan: numbers of its slices, its window, whether it is in Hounsfield units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+#: Tags that are looked at here.
+TAGS = ("InstanceNumber", "WindowCenter", "WindowWidth")
+
+
+def settings(headers: Sequence[Any], frames: Sequence[int], *, inverted: bool = False) -> dict[str, Any]:
+    """Return ``instance_numbers``, ``window`` and ``hounsfield`` of a ``Volume``.
+
+    Args:
+        headers: of the file of each slice, in the order of slices.
+        frames: which frame of that file (from 0) each slice is.
+        inverted: stored values were inverted, and a window of them is none of the array's.
+    """
+    middle = len(headers) // 2
+    return {
+        "instance_numbers": tuple(map(_instance_number, headers)),
+        "window": None if inverted else _window(headers[middle], frames[middle]),
+        "hounsfield": _hounsfield(headers[0], frames[0]),
+    }
+
+
+def _instance_number(header: Any) -> int | None:
+    try:
+        return int(str(header.get("InstanceNumber")))
+    except ValueError:
+        return None
+
+
+def _item(header: Any, frame: int, name: str) -> Any:
+    """The item of a functional group: of the frame, else shared, else the header itself."""
+    per_frame = header.get("PerFrameFunctionalGroupsSequence") or []
+    shared = header.get("SharedFunctionalGroupsSequence") or []
+    for group in (*per_frame[frame : frame + 1], *shared[:1]):
+        if group.get(name):
+            return group.get(name)[0]
+    return header
+
+
+def _window(header: Any, frame: int) -> tuple[float, float] | None:
+    """The first of the windows that a header offers, from its centre and width."""
+    item = _item(header, frame, "FrameVOILUTSequence")
+    center, width = (_first(item.get(name)) for name in ("WindowCenter", "WindowWidth"))
+    if not (math.isfinite(center) and math.isfinite(width) and width > 0):
+        return None
+    return center - width / 2, center + width / 2
+
+
+def _first(value: Any) -> float:
+    """A number, or the first of several; NaN if there is none."""
+    if not isinstance(value, str) and isinstance(value, Sequence):
+        value = value[0] if len(value) else None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _hounsfield(header: Any, frame: int) -> bool | None:
+    """CT with a rescale that names no other unit; a CT without a rescale does not say."""
+    if str(header.get("Modality", "")) != "CT":
+        return False
+    rescale = _item(header, frame, "PixelValueTransformationSequence")
+    if rescale.get("RescaleSlope") is None or rescale.get("RescaleIntercept") is None:
+        return None
+    return str(rescale.get("RescaleType") or "HU").strip().upper() in ("HU", "US", "")  # US: unspecified
