@@ -7,6 +7,8 @@ import base64
 import json
 import logging
 import re
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from pages import Open, colors, data_of, decode, layers, png, press, slide, stat
 from scans import GEOMETRIES, bright, scan, small_model, stored_as, write_enhanced, write_series
 from support import threads
 
-from berdiff_fast import cli, scans
+from berdiff_fast import cli, scans, words
 from berdiff_fast.imaging import encoding, volumes, windows, write_report
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io.stack import SliceStack
@@ -461,12 +463,25 @@ def test_the_hint_comes_before_the_work(caplog):
     assert hints(model=bright()) == []
 
 
-def test_the_hint_on_the_command_line(tmp_path, model_path, capfd):
+def test_the_hint_on_the_command_line(tmp_path, model_path):
+    """In a process of its own, where nobody but the command decides what is printed."""
     np.save(tmp_path / "a.npy", scan().array)
-    assert sample(tmp_path / "a.npy", model_path, tmp_path / "out") == 0
-    err = capfd.readouterr().err
-    assert err.index("the model was trained on images of 16 x 16") < err.index("sampling:")
-    assert sample(tmp_path / "a.npy", model_path, tmp_path / "out", "--overwrite", "--quiet") == 0
-    assert capfd.readouterr().err == ""
-    logging.getLogger("berdiff_fast.hints").warning("and it speaks again")
-    assert "speaks again" in capfd.readouterr().err
+    said = ["sample", tmp_path / "a.npy", "--model", model_path, *OPTIONS, "--output", tmp_path / "out"]
+
+    def err(*more: str) -> str:
+        command = [sys.executable, "-m", "berdiff_fast.cli", *map(str, said), *more]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    loud = err()
+    assert loud.index("the model was trained on images of 16 x 16") < loud.index("sampling:")
+    assert err("--overwrite", "--quiet") == ""
+
+
+def test_silence_ends(caplog):
+    logger = logging.getLogger("berdiff_fast.hints")
+    with words.silence(logger.name):
+        logger.warning("not said")
+    logger.warning("and it speaks again")
+    assert [record.message for record in caplog.records] == ["and it speaks again"]
