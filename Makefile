@@ -9,7 +9,7 @@ BASELINE ?= benchmarks/results/cpu-avx2-2026-11-23.json
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all sanitize fuzz bench docs style clean
+.PHONY: demo test test-all sanitize fuzz endurance bench docs style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/berdiff-fast demo --output demo.png
@@ -33,6 +33,12 @@ SECONDS ?= 60
 SEED ?= 0
 fuzz: $(VENV)/.test
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzzing --seconds $(SECONDS) --seed $(SEED)
+
+# Runs killed at random moments, and every write that fails once (a quarter of an hour).
+KILLS ?= 50
+endurance: $(VENV)/.test
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m endurance kills --count $(KILLS) --seed $(SEED)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m endurance writes
 
 bench: $(VENV)/.test
 	mkdir -p benchmarks/results
