@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from berdiff_fast.backends.select import BackendUnavailableError
     from berdiff_fast.imaging import figures
     from berdiff_fast.imaging.summary import summarize
-    from berdiff_fast.model import BerDiff, Preprocessing, bundled_models, load, load_official
+    from berdiff_fast.loading import bundled_models, load, load_official
+    from berdiff_fast.model import BerDiff
     from berdiff_fast.network.unet import UNet
+    from berdiff_fast.preprocessing import Preprocessing
     from berdiff_fast.rng import DRAW_CONTRACT, image_seeds
     from berdiff_fast.sampling import Sampler, sample
     from berdiff_fast.scans import sample_until, sample_volume
@@ -57,14 +59,14 @@ _HOMES = {
     "BerDiff": "model",
     "DRAW_CONTRACT": "rng",
     "NoiseSchedule": "schedule",
-    "Preprocessing": "model",
+    "Preprocessing": "preprocessing",
     "Sampler": "sampling",
     "UNet": "network.unet",
-    "bundled_models": "model",
+    "bundled_models": "loading",
     "figures": "imaging",
     "image_seeds": "rng",
-    "load": "model",
-    "load_official": "model",
+    "load": "loading",
+    "load_official": "loading",
     "sample": "sampling",
     "sample_until": "scans",
     "sample_volume": "scans",

@@ -14,7 +14,8 @@ import torch
 from berdiff_fast import checks, metrics, ops
 from berdiff_fast.backends import select
 from berdiff_fast.data import lidc, phantom
-from berdiff_fast.model import BerDiff, load
+from berdiff_fast.loading import load
+from berdiff_fast.model import BerDiff
 from berdiff_fast.sampling import sample
 
 #: Trained on other patients than those shown (docs/model_card.md).

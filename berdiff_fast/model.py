@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,90 +17,23 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from berdiff_fast import checks, digests, words
+from berdiff_fast import checks, digests
 from berdiff_fast.files import write_bytes
-from berdiff_fast.network import official
 from berdiff_fast.network.prior import ModePrior, class_logits, class_probabilities
 from berdiff_fast.network.unet import UNet, check_size
 from berdiff_fast.network.window import Window
 from berdiff_fast.ops import PREDICTIONS
+from berdiff_fast.preprocessing import Preprocessing
 from berdiff_fast.rng import DRAW_CONTRACT
 from berdiff_fast.schedule import SPACINGS, NoiseSchedule
 
 #: Version of the layout of saved models.
 FORMAT = 1
 
-_WEIGHTS = "model.safetensors"
-_CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
 #: Before the names of the mode prior's weights; the denoiser's have none.
-_PRIOR = "mode_prior."
-_BUNDLED = Path(__file__).parent / "weights"
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """From raw intensities to what the network was trained on.
-
-    Args:
-        mode: "min-max": each image's own minimum and maximum become the ends of ``output_range`` (a constant image
-            becomes its lower end). "window": intensities are clipped to ``window`` first.
-        window: (low, high) in raw units, Hounsfield units for CT; for "window" only.
-        output_range: (low, high) of the result.
-        size: (H, W) of the images trained on, in pixels; None where any will do.
-        pixel_spacing: (row, column) of these pixels in mm; None where any will do. Calling this neither cuts nor
-            resamples: ``sample_volume`` does, by these two.
-
-    Raises:
-        ValueError: an unknown mode, or a window, range, size or spacing that is missing, superfluous or makes no sense.
-    """
-
-    mode: str = "min-max"
-    window: tuple[float, float] | None = None
-    output_range: tuple[float, float] = (-1.0, 1.0)
-    size: tuple[int, int] | None = None
-    pixel_spacing: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("min-max", "window"):
-            raise ValueError(f"mode must be 'min-max' or 'window', got {self.mode!r}")
-        if (self.window is None) != (self.mode == "min-max"):
-            raise ValueError(f"window must be given exactly when mode is 'window', got window={self.window}")
-        if self.window is not None:
-            object.__setattr__(self, "window", checks.increasing_pair("window", self.window))
-        object.__setattr__(self, "output_range", checks.increasing_pair("output_range", self.output_range))
-        for name, kind in (("size", int), ("pixel_spacing", float)):
-            pair = getattr(self, name)
-            if pair is not None:
-                if len(pair) != 2 or not all(0 < x < float("inf") and kind(x) == x for x in pair):
-                    raise ValueError(f"{name} must be two positive numbers, along rows and columns, got {pair!r}")
-                object.__setattr__(self, name, (kind(pair[0]), kind(pair[1])))
-
-    def __call__(self, raw: torch.Tensor, limits: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """(B, C, *spatial) of any real dtype to float32 of the same shape.
-
-        Args:
-            limits: what ``limits`` says of the whole images, where ``raw`` is a part of them.
-        """
-        x = _floating(raw)
-        if self.window is not None:
-            low, high = self.window
-            unit = (x.clamp(low, high) - low) / (high - low)
-        else:
-            low_, high_ = self.limits(raw) if limits is None else limits
-            unit = torch.where(high_ > low_, (x - low_) / (high_ - low_).clamp(min=1e-30), 0.0)
-        start, end = self.output_range
-        return (start + (end - start) * unit).float()
-
-    @staticmethod
-    def limits(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Minimum and maximum of each image, (B, 1, ..., 1) both, for "min-max"."""
-        x = _floating(raw)
-        axes = tuple(range(1, x.ndim))
-        return x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
-
-
-def _floating(raw: torch.Tensor) -> torch.Tensor:
-    return raw.to(torch.float32 if raw.dtype != torch.float64 else torch.float64)
+PRIOR = "mode_prior."
 
 
 class BerDiff(nn.Module):
@@ -277,7 +211,7 @@ class BerDiff(nn.Module):
         """All weights by the names they have in a file: the network's, and behind ``mode_prior.`` the prior's."""
         found = dict(self.network.state_dict())
         if self.mode_prior is not None:
-            found |= {_PRIOR + name: tensor for name, tensor in self.mode_prior.state_dict().items()}
+            found |= {PRIOR + name: tensor for name, tensor in self.mode_prior.state_dict().items()}
         return found
 
     def preprocess(self, raw: torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -398,123 +332,26 @@ class BerDiff(nn.Module):
             write_bytes(path, data, follow=follow)
         else:
             path.mkdir(parents=True, exist_ok=True)
-            write_bytes(path / _WEIGHTS, data, follow=False)
-            write_bytes(path / _CONFIG, (json.dumps(config, indent=2) + "\n").encode(), follow=False)
+            write_bytes(path / WEIGHTS, data, follow=False)
+            write_bytes(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode(), follow=False)
 
 
-def bundled_models() -> list[str]:
-    """Names of the models that come with the package."""
-    return sorted(p.name for p in _BUNDLED.iterdir() if (p / _WEIGHTS).is_file()) if _BUNDLED.is_dir() else []
-
-
-def load(name_or_path: str | os.PathLike[str]) -> BerDiff:
-    """A model from a directory, a .safetensors file, or the package (``bundled_models()``); in eval mode on the CPU.
-
-    Weights are float32, whatever precision they were stored in.
-
-    Raises:
-        FileNotFoundError: neither a path nor a bundled name.
-        ValueError: unreadable, truncated, or not a model of this package; the message names the file.
-    """
-    if not isinstance(name_or_path, (str, os.PathLike)):
-        raise TypeError(f"name_or_path must be a name or a path, got {type(name_or_path).__name__}")
-    path = Path(name_or_path)
-    bundled = str(name_or_path) in bundled_models()
-    if bundled and not (path.is_file() or (path / _WEIGHTS).is_file()):  # a folder of that name may hold anything
-        path = _BUNDLED / str(name_or_path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"name_or_path: no file or directory {str(name_or_path)!r}, and no bundled model of that name "
-            f"(there are {bundled_models()})"
-        )
-    file = path / _WEIGHTS if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"name_or_path: {path} has no {_WEIGHTS}")
-    try:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as safetensors (truncated or damaged?): {error}") from error
-    if "berdiff_fast" not in metadata:
-        raise ValueError(
-            f"{file} does not describe a berdiff_fast model; load_official reads checkpoints of the published code"
-        )
-    try:
-        config = digests.parsed(metadata["berdiff_fast"])
-        of_prior = {k.removeprefix(_PRIOR): weights[k] for k in weights if k.startswith(_PRIOR)}
-        of_network = {k: w for k, w in weights.items() if not k.startswith(_PRIOR)}
-        _check_network(config.get("network"), of_network)
-        _check_prior(config.get("mode_prior"), of_prior)
-        model = BerDiff.from_config(config).float()  # whatever torch's default dtype is
-        if unknown := config.keys() - model.to_config().keys():
-            raise ValueError(f"its description has the unknown key {min(unknown)!r:.80}")
-        digests.check(metadata["berdiff_fast"], weights)  # last: what can be said more plainly has been
-        model.network.load_state_dict({name: tensor.float() for name, tensor in of_network.items()})
-        if model.mode_prior is not None:
-            model.mode_prior.load_state_dict({name: tensor.float() for name, tensor in of_prior.items()})
-    except Exception as error:  # what the header says may be of any kind
-        raise ValueError(f"{file} does not hold a complete berdiff_fast model: {words.line(error)}") from error
-    return model.eval()
-
-
-def _check_network(config: Any, weights: Mapping[str, torch.Tensor]) -> None:
-    """That the weights are those of the network described, before memory is taken for that.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: they are not, or no network can be described so.
-    """
-    if not isinstance(config, Mapping):
-        raise ValueError(f"network must be an object, got {config!r:.80}")
-    arguments = {name: value for name, value in config.items() if name != "type"}
-    with torch.device("meta"):
-        UNet(**arguments).load_state_dict({name: tensor.to("meta") for name, tensor in weights.items()})
-
-
-def _check_prior(config: Any, weights: Mapping[str, torch.Tensor]) -> None:
-    """The same of the mode prior, where there is one."""
-    if config is None:
-        if weights:
-            raise ValueError("it has weights of a mode prior that it does not describe")
-        return
-    if not isinstance(config, Mapping):
-        raise ValueError(f"mode_prior must be an object, got {config!r:.80}")
-    with torch.device("meta"):
-        ModePrior(**config).load_state_dict({name: tensor.to("meta") for name, tensor in weights.items()})
-
-
-def load_official(
-    path_or_state_dict: str | os.PathLike[str] | Mapping[str, torch.Tensor], **their_arguments: Any
-) -> BerDiff:
-    """A checkpoint of the published BerDiff code, with the arguments that its scripts were given.
-
-    Args:
-        path_or_state_dict: a .pt or .safetensors file, or a mapping of tensors. Files are read with
-            ``weights_only=True``: no code in them is run.
-        **their_arguments: as in the published scripts, with the published defaults: image_size, img_channels,
-            num_channels, num_res_blocks, num_heads, num_heads_upsample, attention_resolutions ("16,8"), dropout,
-            use_scale_shift_norm, diffusion_steps, noise_schedule, mean_type ("xstart" or "epsilon"),
-            rescale_timesteps; and channel_mult where image_size does not tell it. ltype and timestep_respacing are
-            accepted and unused: steps and spacing belong to ``sample``. The number of heads leaves no trace in a
-            checkpoint, so a wrong one cannot be noticed.
-
-    Returns:
-        A ``BerDiff`` in eval mode on the CPU, whose network returns logits where theirs returns probabilities. It has
-        no preprocessing, since the published code does not say how its images were scaled.
-
-    Raises:
-        FileNotFoundError, ValueError: unreadable, or it does not fit the arguments.
-        TypeError: an argument that the published scripts do not have.
-    """
-    unet, diffusion = official.split_arguments(their_arguments)
-    predictions = {"xstart": "y_0", "epsilon": "epsilon"}
-    if diffusion["mean_type"] not in predictions:
-        raise ValueError(f"mean_type must be one of {sorted(predictions)}, got {diffusion['mean_type']!r}")
-    schedule = NoiseSchedule(diffusion["noise_schedule"], diffusion["diffusion_steps"])
-    network = official.build_unet(official.read_state_dict(path_or_state_dict), **official.unet_arguments(**unet))
-    return BerDiff(
-        network,
-        schedule,
-        predictions[diffusion["mean_type"]],
-        rescale_timesteps=diffusion["rescale_timesteps"],
-    ).eval()
+def fingerprint(model: BerDiff) -> str:
+    """SHA-256 of a model's description and weights."""
+    what = {
+        "network": model.network.config if isinstance(model.network, UNet) else repr(model.network),
+        "schedule": model.schedule.to_config(),
+        "prediction": model.prediction,
+        "rescale_timesteps": model.rescale_timesteps,
+        "preprocessing": repr(model.preprocessing),
+    }
+    # Only what is used: models without it are called what they were.
+    if not model.output_window.plain:
+        what["window"] = repr(model.output_window)
+    if model.mode_prior is not None:
+        what["mode_prior"] = model.mode_prior.config
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
+    for name, tensor in model.weights().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -22,8 +21,7 @@ import torch.nn.functional as F
 from berdiff_fast import checks, limits, locks, rng
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io.padding import lowest_tissue
-from berdiff_fast.model import BerDiff
-from berdiff_fast.network.unet import UNet
+from berdiff_fast.model import BerDiff, fingerprint
 from berdiff_fast.sampled import SampledVolume
 from berdiff_fast.sampling import Sampler, sample
 from berdiff_fast.store import Store as _Store
@@ -416,27 +414,6 @@ def _cover(start: int, length: int, tile: int, overlap: float) -> list[int]:
     # Never more than there are places.
     count = min(1 + math.ceil((length - tile) / (tile * (1 - overlap))), length - tile + 1)
     return [start + round(i * (length - tile) / (count - 1)) for i in range(count)]
-
-
-def fingerprint(model: BerDiff) -> str:
-    """SHA-256 of a model's description and weights."""
-    what = {
-        "network": model.network.config if isinstance(model.network, UNet) else repr(model.network),
-        "schedule": model.schedule.to_config(),
-        "prediction": model.prediction,
-        "rescale_timesteps": model.rescale_timesteps,
-        "preprocessing": repr(model.preprocessing),
-    }
-    # Only what is used: models without it are called what they were.
-    if not model.output_window.plain:
-        what["window"] = repr(model.output_window)
-    if model.mode_prior is not None:
-        what["mode_prior"] = model.mode_prior.config
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
-    for name, tensor in model.weights().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _move(advance: Callable[[float, str], object], slices: Sequence[int], share: float) -> None:

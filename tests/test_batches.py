@@ -17,7 +17,7 @@ from berdiff_fast.data.batches import Batches
 from berdiff_fast.data.examples import Augmentation, TrainingExamples
 from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.data.streams import Streams
-from berdiff_fast.model import Preprocessing
+from berdiff_fast.preprocessing import Preprocessing
 
 # ---------------------------------------------------------------------- random numbers
 

@@ -120,7 +120,7 @@ def test_names_and_numbers_that_are_written_twice_agree():
     from typing import get_args
 
     from berdiff_fast import choices
-    from berdiff_fast.model import PREDICTIONS
+    from berdiff_fast.ops import PREDICTIONS
 
     assert Prior().edges == EDGES
     assert set(get_args(choices.Schedule)) == set(_SCHEDULES) and set(get_args(choices.Prediction)) == set(PREDICTIONS)

@@ -12,7 +12,7 @@ from support import phantom_file
 from berdiff_fast.data.batches import Batches, fits
 from berdiff_fast.data.examples import Augmentation, TrainingExamples
 from berdiff_fast.data.hdf5 import RaterDataset
-from berdiff_fast.model import Preprocessing
+from berdiff_fast.preprocessing import Preprocessing
 from berdiff_fast.training.config import TrainConfig
 
 pytest.importorskip("accelerate", reason="the trainer needs accelerate")

@@ -17,8 +17,7 @@ from safetensors import safe_open
 from support import Toy, golden, golden_path
 
 import berdiff_fast as bf
-from berdiff_fast import BerDiff, NoiseSchedule, Preprocessing, UNet
-from berdiff_fast import model as model_module
+from berdiff_fast import BerDiff, NoiseSchedule, Preprocessing, UNet, loading
 
 SMALL = dict(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,))
 
@@ -261,7 +260,7 @@ def test_a_folder_with_the_name_of_a_bundled_model(tmp_path, monkeypatch):
 
 
 def test_bundled_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_module, "_BUNDLED", tmp_path / "weights")
+    monkeypatch.setattr(loading, "_BUNDLED", tmp_path / "weights")
     monkeypatch.chdir(tmp_path)
     assert bf.bundled_models() == []
     for seed, name in enumerate(["zeta", "alpha"]):

@@ -17,6 +17,14 @@ from safetensors import safe_open
 from support import golden_path
 from torch import nn
 
+from berdiff_fast.network.blocks import (
+    AttentionBlock,
+    Downsample,
+    Float32GroupNorm,
+    ResBlock,
+    Upsample,
+    timestep_embedding,
+)
 from berdiff_fast.network.official import (
     DIFFUSION_ARGUMENTS,
     UNET_ARGUMENTS,
@@ -25,15 +33,7 @@ from berdiff_fast.network.official import (
     split_arguments,
     unet_arguments,
 )
-from berdiff_fast.network.unet import (
-    AttentionBlock,
-    Downsample,
-    Float32GroupNorm,
-    ResBlock,
-    UNet,
-    Upsample,
-    timestep_embedding,
-)
+from berdiff_fast.network.unet import UNet
 
 #: The smallest network that has every kind of layer.
 SMALL = dict(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,))

@@ -66,7 +66,7 @@ class Evaluate(Command):
         from accelerate import PartialState
 
         from berdiff_fast.data.hdf5 import RaterDataset
-        from berdiff_fast.model import load
+        from berdiff_fast.loading import load
         from berdiff_fast.training import evaluate
 
         state = PartialState(cpu=training.on_cpu(self.device))

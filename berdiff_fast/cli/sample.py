@@ -92,7 +92,8 @@ class Sample(Command):
         from berdiff_fast import results, scans
         from berdiff_fast.imaging import volumes
         from berdiff_fast.io import raters as raters_io
-        from berdiff_fast.model import load
+        from berdiff_fast.loading import load
+        from berdiff_fast.model import fingerprint
 
         device = _device(self.device)
         volume = volumes.read(self.input, series=self.series)
@@ -128,7 +129,7 @@ class Sample(Command):
                 volume,
                 sampled,
                 self.model,
-                scans.fingerprint(model),
+                fingerprint(model),
                 device,
                 self.series,
                 files,

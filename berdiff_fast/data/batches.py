@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 from berdiff_fast.data.examples import Augmentation, TrainingExamples
 from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.data.streams import Streams
-from berdiff_fast.model import Preprocessing
 from berdiff_fast.network.prior import size_class
 from berdiff_fast.network.window import middle
+from berdiff_fast.preprocessing import Preprocessing
 
 #: Positions whose random numbers are drawn together: a stream of a thousand costs a hundredth of one alone.
 _TOGETHER = 4096

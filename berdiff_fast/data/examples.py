@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from berdiff_fast.data.hdf5 import RaterDataset
-from berdiff_fast.model import Preprocessing
 from berdiff_fast.network.prior import size_class
 from berdiff_fast.network.window import middle
+from berdiff_fast.preprocessing import Preprocessing
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 

@@ -16,11 +16,9 @@ from berdiff_fast.metrics.decomposition import (
     ged_floor,
     unbiased_energy_distance,
 )
+from berdiff_fast.metrics.from_counts import HIGHER_IS_BETTER, METRICS, calibration_error
 from berdiff_fast.metrics.functional import (
-    HIGHER_IS_BETTER,
-    METRICS,
     calibration_bins,
-    calibration_error,
     dice_majority,
     evaluate,
     evaluate_counts,

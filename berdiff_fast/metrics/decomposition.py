@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from berdiff_fast import checks
-from berdiff_fast.metrics import functional
+from berdiff_fast.metrics import from_counts, functional
 
 #: What ``decompose_ged`` tells of each image.
 DECOMPOSITION: tuple[str, ...] = (
@@ -57,8 +57,8 @@ def decompose_ged(raters: Any, samples: Any) -> dict[str, torch.Tensor]:
     """
     raters, samples = functional._same_images("raters", raters, "samples", samples)
     count, n = raters.shape[1], samples.shape[1]
-    iou = functional._iou(raters, samples)
-    ged = functional._ged(iou, count)
+    iou = from_counts.iou_of(raters, samples)
+    ged = from_counts.ged_of(iou, count)
     of_raters = _between(iou[:, :count, :count])
     of_samples = _between(iou[:, count:, count:])
     r, e = _empty(raters), _empty(samples)
@@ -94,7 +94,9 @@ def ged_floor(raters: Any, n: int) -> torch.Tensor:
     masks = functional._masks("raters", raters)
     checks.integer("n", n, 1)
     count = masks.shape[1]
-    return functional._tensor(_between(functional._iou(masks, masks)[:, :count, :count]) * (1 / count + 1 / n), masks)
+    return functional._tensor(
+        _between(from_counts.iou_of(masks, masks)[:, :count, :count]) * (1 / count + 1 / n), masks
+    )
 
 
 def unbiased_energy_distance(raters: Any, samples: Any) -> torch.Tensor:

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from berdiff_fast.metrics import from_counts
+
 try:
     from torchmetrics import Metric
 except ImportError as error:
@@ -95,7 +97,7 @@ class Evaluation(_MeansOverImages):
 
     @property
     def higher_is_better(self) -> bool | None:  # type: ignore[override]
-        ways = {functional.HIGHER_IS_BETTER[name] for name in self.names}
+        ways = {from_counts.HIGHER_IS_BETTER[name] for name in self.names}
         return ways.pop() if len(ways) == 1 else None
 
     def compute(self) -> dict[str, torch.Tensor]:

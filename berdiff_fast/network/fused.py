@@ -25,16 +25,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from berdiff_fast.backends import select
+from berdiff_fast.network.blocks import AttentionBlock, Downsample, ResBlock, Upsample, timestep_embedding
 from berdiff_fast.network.graph import Graph
-from berdiff_fast.network.unet import (
-    AttentionBlock,
-    Downsample,
-    ResBlock,
-    UNet,
-    Upsample,
-    check_size,
-    timestep_embedding,
-)
+from berdiff_fast.network.unet import UNet, check_size
 
 
 def why_not(network: UNet, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -28,8 +28,7 @@ float64's, and their mean error is at most twice the plain network's (tests/test
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -40,22 +39,19 @@ from torch import nn
 from berdiff_fast import ops
 from berdiff_fast.backends import select
 from berdiff_fast.network import fused
-from berdiff_fast.network.fused import FusedUNet
-from berdiff_fast.network.graph import Graph, drop
-from berdiff_fast.network.unet import (
+from berdiff_fast.network.blocks import (
     AttentionBlock,
     Downsample,
     EmbeddingSequential,
     Float32GroupNorm,
     ResBlock,
-    UNet,
     Upsample,
-    check_size,
     timestep_embedding,
 )
-
-_CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED: dict[int, Callable[..., torch.Tensor]] = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
+from berdiff_fast.network.fused import FusedUNet
+from berdiff_fast.network.graph import Graph, drop
+from berdiff_fast.network.prepared_layers import CONVOLUTIONS, Maker, Rows, channels_last
+from berdiff_fast.network.unet import UNet, check_size
 
 
 class PreparedUNet:
@@ -104,7 +100,7 @@ class PreparedUNet:
                     f"on {device.type!r}"
                 )
             select.can_run("cpp", "cpu", raise_error=True)
-        make = _Maker(self.dtype, self.spatial_dims, backend, winograd)
+        make = Maker(self.dtype, self.spatial_dims, backend, winograd)
         with torch.no_grad():
             # In float32 at least: a table costs nothing.
             embed = timestep_embedding(timesteps, network.model_channels)
@@ -130,7 +126,7 @@ class PreparedUNet:
         """What the first convolution makes of images (B, C, *spatial): its share of every mask's first activations."""
         check_size(img.shape[2:], self._downsampling)
         x = self._patches(img.to(self.dtype))
-        return _CONVOLUTIONS[self.spatial_dims](_channels_last(x), self._img_weight, self._img_bias, padding=1)
+        return CONVOLUTIONS[self.spatial_dims](channels_last(x), self._img_weight, self._img_bias, padding=1)
 
     def __call__(
         self, y_t: torch.Tensor, step: int | slice, features: torch.Tensor, classes: torch.Tensor | None = None
@@ -144,11 +140,11 @@ class PreparedUNet:
             classes: (N,) int64, of a network with classes; fastest where equal ones are neighbours. For a slice of
                 steps those of the masks at one of them.
         """
-        place: int | slice | _Rows = step
+        place: int | slice | Rows = step
         if classes is not None:
             steps = range(step.start, step.stop) if isinstance(step, slice) else (step,)
-            place = _Rows.of(torch.cat([s * self.classes + classes for s in steps]))
-        h = _CONVOLUTIONS[self.spatial_dims](_channels_last(self._patches(y_t)), self._mask_weight, padding=1)
+            place = Rows.of(torch.cat([s * self.classes + classes for s in steps]))
+        h = CONVOLUTIONS[self.spatial_dims](channels_last(self._patches(y_t)), self._mask_weight, padding=1)
         images = features.shape[0]
         h.unflatten(0, (images, -1)).add_(features[:, None])
         skips = [h]
@@ -284,284 +280,3 @@ def prepare(
                 torch.cuda.current_stream(device).synchronize()
             found = forms[key] = (weights, norms, form)
         return found[2]
-
-
-# ---------------------------------------------------------------------- layers
-#
-# Each is called with the activations, those of the skip connection that are to be concatenated (or None), and the place
-# in the tables: the step or, in a network that is told classes, a row for each mask.
-
-
-@dataclass
-class _Rows:
-    """Each mask's row of the tables, whose rows are of steps and classes."""
-
-    index: torch.Tensor  # (N,)
-    runs: list[tuple[int, int, int]]  # neighbours that have one in common: first, last + 1, row
-
-    @classmethod
-    def of(cls, index: torch.Tensor) -> _Rows:
-        rows, counts = index.unique_consecutive(return_counts=True)
-        ends = counts.cumsum(0).tolist()
-        return cls(index, list(zip([0, *ends], ends, rows.tolist(), strict=False)))
-
-
-@dataclass
-class _Norm:
-    """GroupNorm and SiLU; where the timestep scales and shifts, weight and bias have a row per step."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    groups: int
-    eps: float
-    silu: bool
-    backend: str
-
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice | _Rows = 0) -> torch.Tensor:
-        if self.weight.ndim == 1:
-            return self._norm(x, other, self.weight, self.bias)
-        if isinstance(step, int):
-            return self._norm(x, other, self.weight[step], self.bias[step])
-        assert other is None  # a block's second norm
-        if isinstance(step, slice):
-            steps = range(step.start, step.stop)
-            parts = [
-                self._norm(part, None, self.weight[s], self.bias[s])
-                for s, part in zip(steps, x.chunk(len(steps)), strict=True)
-            ]
-        else:
-            parts = [self._norm(x[a:b], None, self.weight[row], self.bias[row]) for a, b, row in step.runs]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _norm(
-        self, x: torch.Tensor, other: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor
-    ) -> torch.Tensor:
-        return ops.group_norm_silu(
-            x,
-            weight,
-            bias,
-            self.groups,
-            other=other,
-            eps=self.eps,
-            silu=self.silu,
-            backend=self.backend,
-        )
-
-
-@dataclass
-class _Convolution:
-    """A convolution; where it adds the timestep, its bias has a row per step."""
-
-    call: Callable[..., torch.Tensor]
-    weight: torch.Tensor
-    bias: torch.Tensor
-    options: dict[str, Any]
-
-    def __call__(self, x: torch.Tensor, step: int | slice | _Rows = 0) -> torch.Tensor:
-        if self.bias.ndim == 1:
-            return self.call(x, self.weight, self.bias, **self.options)
-        if isinstance(step, int):
-            return self.call(x, self.weight, self.bias[step], **self.options)
-        out = self.unbiased(x)
-        if isinstance(step, slice):
-            bias = self.bias[step]
-            out.unflatten(0, (len(bias), -1)).add_(bias.view(len(bias), 1, -1, *[1] * (x.ndim - 2)))
-            return out
-        return out.add_(self.bias[step.index].reshape(*out.shape[:2], *[1] * (out.ndim - 2)))
-
-    def unbiased(self, x: torch.Tensor) -> torch.Tensor:
-        return self.call(x, self.weight, None, **self.options)
-
-    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The convolution of x, and ``residual`` added."""
-        return self(x).add_(residual)
-
-
-@dataclass
-class _Winograd(_Convolution):
-    """A convolution by ``ops.winograd``."""
-
-    def unbiased(self, x: torch.Tensor) -> torch.Tensor:
-        return self.call(x, self.weight, torch.zeros_like(self.bias[0]), **self.options)
-
-    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.call(x, self.weight, self.bias, residual=residual, **self.options)
-
-
-@dataclass
-class _Residual:
-    """``ResBlock``: h = conv(norm(conv(norm(x)))), onto which the skip path is added in place."""
-
-    norm_1: _Norm
-    conv_1: _Convolution
-    norm_2: _Norm
-    conv_2: _Convolution
-    skip: torch.Tensor | None  # (inputs, outputs); its bias is in conv_2's
-
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice | _Rows) -> torch.Tensor:
-        h = self.norm_2(self.conv_1(self.norm_1(x, other), step), None, step)
-        if self.skip is None:
-            both = x if other is None else _channels_last(torch.cat([x, other], dim=1))
-            return self.conv_2.plus(h, both)
-        h = self.conv_2(h)
-        # conv(cat(x, other)) = conv_x(x) + conv_other(other)
-        tokens = _tokens(h)
-        tokens.addmm_(_tokens(x), self.skip[: x.shape[1]])
-        if other is not None:
-            tokens.addmm_(_tokens(other), self.skip[x.shape[1] :])
-        return h
-
-
-@dataclass
-class _Attention:
-    """``AttentionBlock``, on (N, positions, channels)."""
-
-    norm: _Norm
-    qkv: tuple[torch.Tensor, torch.Tensor]
-    out: tuple[torch.Tensor, torch.Tensor]
-    heads: int
-
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice | _Rows) -> torch.Tensor:
-        n, channels = x.shape[:2]
-        qkv = F.linear(_tokens(self.norm(x, None)).view(n, -1, channels), *self.qkv)
-        # Channels are ordered head first, then q, k, v.
-        q, k, v = qkv.unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind(0)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, -1, channels)
-        h = F.linear(h, *self.out).view(n, *x.shape[2:], channels).movedim(-1, 1)
-        return h.add_(x)
-
-
-@dataclass
-class _Resize:
-    """``Downsample`` or ``Upsample``."""
-
-    call: Callable[[torch.Tensor], torch.Tensor]
-
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice | _Rows) -> torch.Tensor:
-        return self.call(x)
-
-
-@dataclass
-class _Sequence:
-    """Layers in a row; the first takes what is concatenated."""
-
-    layers: list[Any]
-
-    def __call__(self, x: torch.Tensor, other: torch.Tensor | None, step: int | slice | _Rows) -> torch.Tensor:
-        for layer in self.layers:
-            x, other = layer(x, other, step), None
-        return x
-
-
-class _Maker:
-    """Makes the layers above from those of ``unet.py``, which torch types too loosely to be of use here."""
-
-    def __init__(self, dtype: torch.dtype, dims: int, backend: str, winograd: bool) -> None:
-        self.dtype, self.dims, self.backend, self.winograd = dtype, dims, backend, winograd
-
-    def block(self, block: Any, embed: torch.Tensor) -> _Sequence:
-        return _Sequence([self.layer(layer, embed) for layer in block])
-
-    def layer(self, layer: Any, embed: torch.Tensor) -> Any:
-        if isinstance(layer, ResBlock):
-            return self.residual(layer, embed)
-        if isinstance(layer, AttentionBlock):
-            return _Attention(
-                self.norm(layer.norm, silu=False),
-                (self.matrix(layer.qkv), self.vector(layer.qkv.bias)),
-                (self.matrix(layer.proj_out), self.vector(layer.proj_out.bias)),
-                layer.heads,
-            )
-        if isinstance(layer, Downsample):
-            return _Resize(self.convolution(layer.op) if isinstance(layer.op, _Conv) else layer.op)
-        if isinstance(layer, Upsample):
-            return _Resize(self.upsample(layer))
-        raise TypeError(f"network has a layer of type {type(layer).__name__}, which is not prepared")
-
-    def residual(self, block: Any, embed: torch.Tensor) -> _Residual:
-        norm_1, _, conv_1 = block.in_layers
-        norm_2, _, _, conv_2 = block.out_layers
-        condition = self.linear(block.emb_layers[1], embed)  # (S, outputs), or (S, 2 outputs)
-        first, second = self.convolution(conv_1), self.norm(norm_2)
-        if block.scale_shift:
-            scale, shift = condition.chunk(2, dim=1)
-            second.weight = (second.weight * (1 + scale)).contiguous()
-            second.bias = (second.bias * (1 + scale) + shift).contiguous()
-        else:
-            first.bias = (conv_1.bias.float() + condition).to(self.dtype)
-        last, skip = self.convolution(conv_2), None
-        if not isinstance(block.skip_connection, nn.Identity):
-            skip = self.matrix(block.skip_connection).t().contiguous()
-            last.bias = (conv_2.bias.float() + block.skip_connection.bias.float()).to(self.dtype)
-        return _Residual(self.norm(norm_1), first, second, last, skip)
-
-    def upsample(self, layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        if not isinstance(layer.conv, _Conv):
-            return lambda x: F.interpolate(x, scale_factor=layer.scale, mode="nearest")
-        if self.can_winograd(layer.conv):
-            return self.by_winograd(layer.conv, upsample=True)
-        steps = [int(scale) for scale in layer.scale]
-        # Repetition is a transposed convolution with a kernel of ones; one after the other they are one, whose kernel
-        # is the convolution of both. An axis that is not doubled keeps its kernel of 3.
-        kernel = layer.conv.weight.float().flip(tuple(range(2, 2 + self.dims))).transpose(0, 1)
-        for axis, step in enumerate(steps, start=2):
-            if step == 2:
-                pad = [0, 0] * self.dims
-                pad[2 * (self.dims - 1 - (axis - 2))] = 1
-                before = F.pad(kernel, pad)
-                kernel = before + before.roll(-1, axis)
-        return _Convolution(
-            _TRANSPOSED[self.dims],
-            _channels_last(kernel.to(self.dtype)),
-            self.vector(layer.conv.bias),
-            {"stride": steps, "padding": 1},
-        )
-
-    def norm(self, norm: Any, silu: bool = True) -> _Norm:
-        weight, bias = norm.weight.detach().float().clone(), norm.bias.detach().float().clone()
-        return _Norm(weight, bias, norm.num_groups, norm.eps, silu, self.backend)
-
-    def convolution(self, conv: Any) -> _Convolution:
-        if self.can_winograd(conv):
-            return self.by_winograd(conv)
-        options = {"stride": conv.stride, "padding": conv.padding}
-        return _Convolution(_CONVOLUTIONS[self.dims], self.weight(conv.weight), self.vector(conv.bias), options)
-
-    def can_winograd(self, conv: Any) -> bool:
-        """Whether the algorithm is asked for and fits: its kernel takes channels by sixteens."""
-        outputs, channels, *size = conv.weight.shape
-        fits = size == [3, 3] and conv.stride == (1, 1) and outputs % 16 == 0 and channels % 16 == 0
-        return self.winograd and fits
-
-    def by_winograd(self, conv: Any, **options: Any) -> _Winograd:
-        options["backend"] = "cpp"
-        return _Winograd(ops.winograd, ops.winograd_weight(conv.weight), self.vector(conv.bias), options)
-
-    def linear(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, layer.weight.float(), layer.bias.float())
-
-    def matrix(self, conv: Any) -> torch.Tensor:
-        """(outputs, inputs) of a convolution of size 1."""
-        return self.vector(conv.weight.flatten(1))
-
-    def vector(self, parameter: Any) -> torch.Tensor:
-        return parameter.detach().to(self.dtype, copy=True)
-
-    def weight(self, parameter: Any) -> torch.Tensor:
-        return _channels_last(self.vector(parameter))
-
-
-_Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def _channels_last(x: torch.Tensor) -> torch.Tensor:
-    if x.shape[1] == 1:
-        # One channel lies in memory in both ways; these strides say which one is meant, for convolutions to follow.
-        x = x.contiguous()
-        return x.as_strided(x.shape, [x.stride(0), 1, *x.stride()[2:]])
-    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
-
-
-def _tokens(x: torch.Tensor) -> torch.Tensor:
-    """(N, C, *spatial), channels last in memory, as a view (N * positions, C)."""
-    return x.movedim(1, -1).view(-1, x.shape[1])

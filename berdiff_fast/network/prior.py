@@ -18,7 +18,7 @@ from torch import nn
 
 from berdiff_fast import checks
 from berdiff_fast.backends.reference import exp_negative
-from berdiff_fast.network.unet import Float32GroupNorm
+from berdiff_fast.network.blocks import Float32GroupNorm
 from berdiff_fast.network.window import center_distance, middle, surroundings
 
 #: Areas, in pixels, at which a class of size ends and the next begins. Class 0 is the empty mask.

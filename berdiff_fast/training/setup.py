@@ -12,10 +12,12 @@ from berdiff_fast import rng
 from berdiff_fast.data import examples
 from berdiff_fast.data.examples import TrainingExamples
 from berdiff_fast.data.hdf5 import RaterDataset, check_disjoint
-from berdiff_fast.model import BerDiff, Preprocessing, load
+from berdiff_fast.loading import load
+from berdiff_fast.model import BerDiff
 from berdiff_fast.network.prior import ModePrior
 from berdiff_fast.network.unet import UNet
 from berdiff_fast.network.window import Window
+from berdiff_fast.preprocessing import Preprocessing
 from berdiff_fast.schedule import NoiseSchedule
 from berdiff_fast.training import on_cpu
 from berdiff_fast.training.config import TrainConfig
