@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest_plugins = ["pytester", "browsing"]
+pytest_plugins = ["pytester", "browsing", "import_trees"]
 
 HAS_GPU = torch.cuda.is_available()
 

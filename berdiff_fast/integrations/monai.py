@@ -33,8 +33,8 @@ import berdiff_fast
 from berdiff_fast import checks
 from berdiff_fast.data import importers, pixels
 from berdiff_fast.data.hdf5 import RaterDataset
-from berdiff_fast.data.layouts import Slice
-from berdiff_fast.data.writing import SplitReport, Writer
+from berdiff_fast.data.importers.trees import Slice
+from berdiff_fast.data.importers.writing import SplitReport, Writer
 from berdiff_fast.files import whole_file
 from berdiff_fast.integrations.scheduling import BernoulliSteps, StepOutput, schedule_of
 from berdiff_fast.schedule import NoiseSchedule

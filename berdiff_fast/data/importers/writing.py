@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from berdiff_fast import locks
-from berdiff_fast.data.layouts import Slice
+from berdiff_fast.data.importers.trees import Slice
 from berdiff_fast.files import keep_mode, sync
 
 

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of an import, but its reports: a slice is read, checked and written before the next one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import berdiff_fast
+from berdiff_fast.data import pixels
+from berdiff_fast.data.importers.reading import Reader
+from berdiff_fast.data.importers.report import FORMAT
+from berdiff_fast.data.importers.trees import SPLITS, Slice, numbers
+from berdiff_fast.data.importers.writing import SplitReport, Writer
+
+_SHOWN = 8  # slices in the preview
+
+
+def write_files(
+    folder: Path,
+    placed: list[tuple[str, Slice]],
+    ids: dict[str, int],
+    reader: Reader,
+    parameters: dict[str, Any],
+    progress: bool,
+) -> tuple[dict[str, SplitReport], list[tuple[np.ndarray, np.ndarray]]]:
+    """Write each split's file; what is in it, and a few slices (image, masks) to look at."""
+    from tqdm import tqdm
+
+    planned = Counter(name for name, _ in placed)
+    names: dict[str, set[str]] = {}
+    for _, one in placed:
+        names.setdefault(one.patient, set()).add(one.nodule)
+    nodules = {patient: numbers(sorted(found))[0] for patient, found in names.items()}
+    every = max(1, math.ceil(len(placed) / _SHOWN))
+    shown: list[tuple[np.ndarray, np.ndarray]] = []
+    writers: dict[str, Writer] = {}
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(placed, unit="slice", disable=None if progress else True))
+        for index, (name, one) in enumerate(bar):
+            pair = reader(one)
+            if pair is None:
+                continue
+            if name not in writers:
+                assert reader.size is not None
+                attributes = {
+                    "format": FORMAT,
+                    "berdiff_fast": berdiff_fast.__version__,
+                    "source": parameters["layout"],
+                    "split": name,
+                    "parameters": json.dumps(parameters),
+                }
+                path = folder / f"{name}.h5"
+                writers[name] = Writer(path, planned[name], reader.size, reader.raters, attributes)
+                stack.callback(writers[name].close)
+            writers[name].append(*pair, ids[one.patient], nodules[one.patient][one.nodule], one)
+            if index // every >= len(shown):
+                shown.append(pair)
+        done = {name: writer.finish() for name, writer in writers.items()}
+    none = (0,) * reader.raters
+    return {name: done.get(name, SplitReport(0, 0, none, none)) for name in SPLITS}, shown
+
+
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def preview_of(path: Path, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    from PIL import Image
+
+    pairs = [pixels.contours(image, masks) for image, masks in shown]
+    pairs += [np.zeros_like(pairs[0])] * (len(pairs) % 2)
+    rows = [np.concatenate(pairs[k : k + 2], axis=1) for k in range(0, len(pairs), 2)]
+    Image.fromarray(np.concatenate(rows)).save(path)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slices of a tree as arrays of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from berdiff_fast.data import pixels
+from berdiff_fast.data.importers.trees import Problems, Slice
+
+
+class Reader:
+    """Reads slices, all of one size; None for one with a problem."""
+
+    def __init__(
+        self,
+        root: Path,
+        raters: int,
+        size: tuple[int, int] | None,
+        fit: str,
+        missing_is_empty: bool,
+        threshold: float | None,
+        window: tuple[float, float] | None,
+        problems: Problems,
+    ) -> None:
+        self.root = root
+        self.raters = raters
+        self.size = size
+        self.fit = fit
+        self.missing_is_empty = missing_is_empty
+        self.threshold = threshold
+        self.window = window
+        self.problems = problems
+        self.windowless = 0
+        self._sized_by = "size"  # who decided
+
+    def __call__(self, one: Slice) -> tuple[np.ndarray, np.ndarray] | None:
+        """image (H, W) uint8, masks (R, H, W) uint8 of 0 and 1."""
+        before = len(self.problems.found)
+        raw = self._try(one.image, lambda: pixels.read(self.root / one.image)[0])
+        masks = [self._mask(one, rater, raw) for rater in range(self.raters)]
+        if len(self.problems.found) > before or raw is None:
+            return None
+        if self.size is None:
+            self.size, self._sized_by = (raw.shape[0], raw.shape[1]), one.image
+        size = self.size
+        if raw.shape != size and self.fit == "exact":
+            self.problems.add(one.image, f"is {pixels.by(raw.shape)}, expected {pixels.by(size)} as {self._sized_by}")
+            return None
+        image = self._try(one.image, lambda: pixels.to_image(self._fitted(raw, size), self.window))
+        if image is None:
+            return None
+        self.windowless += self.window is not None and raw.dtype == np.uint8
+        empty = np.zeros(raw.shape, np.uint8)
+        fitted = [self._fitted(empty if mask is None else mask, size, nearest=True) for mask in masks]
+        return image, np.stack(fitted)
+
+    def _mask(self, one: Slice, rater: int, image: np.ndarray | None) -> np.ndarray | None:
+        if rater not in one.masks:
+            if not self.missing_is_empty:
+                self.problems.add(one.image, f"the mask of rater {rater} is missing")
+            return None
+
+        def load() -> np.ndarray:
+            x, lossy = pixels.read(self.root / one.masks[rater])
+            if image is not None and x.shape != image.shape:
+                raise ValueError(f"is {pixels.by(x.shape)}, its image {pixels.by(image.shape)}")
+            return pixels.to_mask(x, lossy, self.threshold)
+
+        return self._try(one.masks[rater], load)
+
+    def _try(self, path: str, load: Callable[[], np.ndarray]) -> np.ndarray | None:
+        try:
+            return load()
+        except ValueError as error:
+            reason = str(error)
+        self.problems.add(path, reason)
+        return None
+
+    def _fitted(self, x: np.ndarray, size: tuple[int, int], *, nearest: bool = False) -> np.ndarray:
+        return pixels.crop(x, size) if self.fit == "crop" else pixels.resize(x, size, nearest=nearest)
