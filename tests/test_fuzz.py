@@ -21,7 +21,7 @@ from fuzzing.run import Mutant, found_before, judge, load_libraries, make, sound
 
 from berdiff_fast.bench import report as bench_report
 from berdiff_fast.imaging import volumes
-from berdiff_fast.results import report_again
+from berdiff_fast.scans.results import report_again
 
 
 @pytest.fixture(scope="module", autouse=True)

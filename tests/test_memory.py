@@ -22,7 +22,7 @@ from berdiff_fast import scans
 from berdiff_fast.imaging import volumes
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io.slices import Slices, deflate
-from berdiff_fast.store import Store
+from berdiff_fast.scans.store import Store
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
 
@@ -33,7 +33,8 @@ MB = 10**6
 PROGRAM = """
 import json, sys
 import berdiff_fast as bf
-from berdiff_fast import cli, results, scans
+from berdiff_fast import cli, scans
+from berdiff_fast.scans import results
 from berdiff_fast.imaging import volumes
 for name in ("nibabel", "SimpleITK", "pydicom", "highdicom"):
     try:

@@ -18,10 +18,11 @@ from PIL import Image
 from scans import bright, small_model
 from support import ENVIRONMENT, phantom_file, threads
 
-from berdiff_fast import cli, locks, result_files, results, scans
+from berdiff_fast import cli, locks, scans
 from berdiff_fast.data import importers
 from berdiff_fast.files import whole_file
-from berdiff_fast.store import Store
+from berdiff_fast.scans import result_files, results
+from berdiff_fast.scans.store import Store
 
 
 @pytest.fixture(autouse=True)

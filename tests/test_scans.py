@@ -16,10 +16,13 @@ from scans import GEOMETRIES, bright, scan, small_model, write_series
 from support import data_path, threads
 
 import berdiff_fast as bf
-from berdiff_fast import cli, results, scans
+from berdiff_fast import cli, scans
 from berdiff_fast.imaging import volumes
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io import pictures
+from berdiff_fast.scans import results
+from berdiff_fast.scans.store import Store
+from berdiff_fast.scans.tiling import Tiling
 
 needs_imaging = pytest.mark.skipif(
     any(__import__("importlib.util").util.find_spec(p) is None for p in ("SimpleITK", "highdicom")),
@@ -94,7 +97,7 @@ def test_slices_center_and_roi():
 
 def test_tiles_cover_every_pixel_once():
     for shape, size, overlap in (((17, 23), (8, 8), 0.25), ((64, 5), (16, 16), 0.0), ((31, 31), (30, 16), 0.9)):
-        tiling = scans._Tiling.of(bright(size=size), scan(), 0, shape, None, None, overlap)
+        tiling = Tiling.of(bright(size=size), scan(), 0, shape, None, None, overlap)
         assert torch.equal(torch.stack(tiling._owned()).sum(0), torch.ones(shape))
         rows, columns = torch.meshgrid(*(torch.arange(s) for s in shape), indexing="ij")
         pieces = tiling.cut((rows * 100 + columns).numpy())
@@ -490,7 +493,7 @@ def test_interrupted_command(tmp_path, model_path, monkeypatch, capsys):
     """What is done stays, and is taken up; nothing else is there."""
     array = np.random.default_rng(3).integers(0, 255, (3, 16, 16), dtype=np.uint8)
     np.save(tmp_path / "in.npy", array)
-    real, calls = scans._Store.put, []
+    real, calls = Store.put, []
 
     def put(self, *arguments):
         if len(calls) == 2:
@@ -498,10 +501,10 @@ def test_interrupted_command(tmp_path, model_path, monkeypatch, capsys):
         calls.append(1)
         real(self, *arguments)
 
-    monkeypatch.setattr(scans._Store, "put", put)
+    monkeypatch.setattr(Store, "put", put)
     assert command(tmp_path / "in.npy", *options(model_path, tmp_path / "out")) == 130
     assert os.listdir(tmp_path / "out") == [results.WORK]
-    monkeypatch.setattr(scans._Store, "put", real)
+    monkeypatch.setattr(Store, "put", real)
     assert command(tmp_path / "in.npy", *options(model_path, tmp_path / "out")) == 0
     assert results.WORK not in os.listdir(tmp_path / "out")
     expected = draw(bf.load(model_path), array).masks

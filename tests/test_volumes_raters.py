@@ -12,11 +12,10 @@ import pytest
 from scans import bright, scan, write_enhanced, write_series
 
 import berdiff_fast as bf
-from berdiff_fast import results
 from berdiff_fast.imaging import volumes
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io import raters
-from berdiff_fast.scans import sample_volume
+from berdiff_fast.scans import results, sample_volume
 
 pydicom = pytest.importorskip("pydicom", reason="pydicom is not installed")
 hd = pytest.importorskip("highdicom", reason="highdicom is not installed")

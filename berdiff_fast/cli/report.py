@@ -31,7 +31,7 @@ class Report(Command):
     anonymize: Flag = False
 
     def run(self) -> int:
-        from berdiff_fast import results
+        from berdiff_fast.scans import results
 
         written = results.report_again(self.folder, self.input, self.raters, anonymize=self.anonymize)
         print(shown(str(written)))

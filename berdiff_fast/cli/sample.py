@@ -89,11 +89,12 @@ class Sample(Command):
     json: Flag = False
 
     def run(self) -> int:
-        from berdiff_fast import results, scans
+        from berdiff_fast import scans
         from berdiff_fast.imaging import volumes
         from berdiff_fast.io import raters as raters_io
         from berdiff_fast.loading import load
         from berdiff_fast.model import fingerprint
+        from berdiff_fast.scans import results
 
         device = _device(self.device)
         volume = volumes.read(self.input, series=self.series)

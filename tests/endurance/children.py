@@ -28,7 +28,7 @@ def load_libraries() -> None:
     import berdiff_fast.cli.train
     import berdiff_fast.imaging.report
     import berdiff_fast.ops
-    import berdiff_fast.results
+    import berdiff_fast.scans.results
     import berdiff_fast.training.loop  # noqa: F401
 
     torch.set_num_threads(1)

@@ -274,7 +274,7 @@ def results() -> None:
     status = cli.main([*words, "--model", str(FOLDER / "models" / "model.safetensors"), "--device", "cpu"])
     assert status == 0
 
-    from berdiff_fast.store import Store
+    from berdiff_fast.scans.store import Store
 
     store = Store(folder("unfinished"), '{"what": "a plan"}', (1, 3, 8, 8), 0)
     bits = np.random.default_rng(2).integers(1, 256, (3, 1, 8, 8)).astype(np.uint8)

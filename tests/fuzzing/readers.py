@@ -199,7 +199,7 @@ def splits(path: Path) -> None:
 
 def report(path: Path) -> None:
     """A report of results, one of whose files is the mutant; nothing but the report is written."""
-    from berdiff_fast import results
+    from berdiff_fast.scans import results
 
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
     try:
@@ -228,7 +228,7 @@ def overwrite(path: Path) -> None:
 
 def unfinished(path: Path) -> None:
     """What is done of unfinished work is what was done."""
-    from berdiff_fast.store import Store
+    from berdiff_fast.scans.store import Store
 
     store = Store(path.parent, (FOLDER / "unfinished" / "plan.json").read_text(), (1, 3, 8, 8), 0)
     whole = np.load(FOLDER / "unfinished" / "bits.npy")

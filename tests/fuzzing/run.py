@@ -96,11 +96,12 @@ def load_libraries() -> None:
     import yaml  # noqa: F401
     from PIL import Image
 
-    from berdiff_fast import cli, results, scans  # noqa: F401
+    from berdiff_fast import cli, scans  # noqa: F401
     from berdiff_fast.bench import report  # noqa: F401
     from berdiff_fast.data import hdf5, importers  # noqa: F401
     from berdiff_fast.imaging import figures, volumes  # noqa: F401
     from berdiff_fast.imaging import report as report_  # noqa: F401
+    from berdiff_fast.scans import results  # noqa: F401
     from berdiff_fast.training import checkpoints, config, loop  # noqa: F401
 
     matplotlib.use("agg")

@@ -14,16 +14,14 @@ import numpy as np
 import torch
 
 import berdiff_fast
-from berdiff_fast import metrics
-from berdiff_fast.coverage import Coverage
 from berdiff_fast.files import whole_file
 from berdiff_fast.imaging import volumes
-from berdiff_fast.imaging.summary import spread
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io import raters as raters_io
 from berdiff_fast.io.slices import Slices
 from berdiff_fast.io.stack import mm
-from berdiff_fast.result_files import (
+from berdiff_fast.scans.coverage import Coverage
+from berdiff_fast.scans.result_files import (
     SUMMARY,
     WORK,
     as_private_as,
@@ -34,7 +32,8 @@ from berdiff_fast.result_files import (
     read_summary,
     stage,
 )
-from berdiff_fast.scans import SampledVolume, sampled_region
+from berdiff_fast.scans.sampled import SampledVolume, sampled_region
+from berdiff_fast.scans.sizes import against, elsewhere, sizes_of
 from berdiff_fast.words import shown
 
 __all__ = ["SUMMARY", "WORK", "as_text", "check_raters", "folder", "provenance", "report_again", "write"]
@@ -106,17 +105,17 @@ def write(
         "mean": mean_name,
         "entropy": entropy_name,
         "segmentations": _segmentations(staged, sampled) if volume.format == "dicom" and any(voxels) else [],
-        "sizes": {"of": str(coverage), **_sizes(voxels, volume)},
+        "sizes": {"of": str(coverage), **sizes_of(voxels, volume)},
     }
     outside: list[int] = []
     if raters is not None:
         raters, outside = _where_sampled(raters, provenance)
-        marked = _sizes(raters.sum((1, 2, 3)).tolist(), volume, spreads=False)
+        marked = sizes_of(raters.sum((1, 2, 3)).tolist(), volume, spreads=False)
         summary["raters"] = {
-            **_against(sampled.drawn(), raters),
+            **against(sampled.drawn(), raters),
             "sizes": {"of": str(coverage), **marked},
             "voxels_not_compared": sum(outside),
-            "sizes_not_compared": _sizes(outside, volume, spreads=False),
+            "sizes_not_compared": sizes_of(outside, volume, spreads=False),
         }
     if report:
         try:
@@ -271,19 +270,9 @@ def _report(
         intensity=unit,
         stack=coverage.stack,
         coverage=str(coverage),
-        notes=_elsewhere(outside, volume),
+        notes=elsewhere(outside, volume),
         provenance=_without_names(provenance, anonymize),
     )
-
-
-def _elsewhere(outside: Sequence[int], volume: Volume) -> list[str]:
-    """What raters marked where nothing was sampled, for people."""
-    if not any(outside):
-        return []
-    found = _sizes([*outside], volume, spreads=False)
-    unit = "mL" if "mL" in found else "voxels"
-    each = ", ".join(f"{size:.4g}" for size in found[unit])
-    return [f"Raters marked more elsewhere, where nothing was sampled, and that is not counted here: {each} {unit}."]
 
 
 #: What tells where masks come from: names, and what finds the scan again for who has it.
@@ -299,27 +288,6 @@ def _without_names(provenance: Mapping[str, Any], anonymize: bool) -> dict[str, 
         if isinstance(plain.get(key), str):
             plain[key] = shown(Path(plain[key]).name)
     return plain
-
-
-def _sizes(voxels: list[int], volume: Volume, *, spreads: bool = True) -> dict[str, Any]:
-    """Of each mask, and how they spread."""
-    found: dict[str, Any] = {"voxels": voxels}
-    if spreads:
-        found["spread_voxels"] = spread(voxels)
-    if volume.voxel_mm3 is not None:
-        mm3 = [v * volume.voxel_mm3 for v in voxels]
-        found |= {"mm3": mm3, "mL": [v / 1000 for v in mm3]}
-        if spreads:
-            found["spread_mm3"] = spread(mm3)
-            found["spread_mL"] = {k: v / 1000 for k, v in found["spread_mm3"].items()}
-    return found
-
-
-def _against(masks: np.ndarray, raters: np.ndarray) -> dict[str, float]:
-    """GED and HM-IoU, all that was sampled being one mask: of the slices that were sampled, since others are empty."""
-    theirs, ours = (torch.from_numpy(x)[None].flatten(3, -1) for x in (raters, masks))
-    found = metrics.evaluate(theirs, ours, ("ged", "hm_iou"))
-    return {"count": len(raters), **{name: float(value[0]) for name, value in found.items()}}
 
 
 def as_text(summary: dict[str, Any], output: str | os.PathLike[str]) -> str:

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from berdiff_fast.imaging.summary import disagreement
 from berdiff_fast.io.slices import Slices
 from berdiff_fast.io.volume import Volume
+from berdiff_fast.scans.tiling import Tiling
 
 _POPCOUNT = np.array([i.bit_count() for i in range(256)], np.uint8)
 
@@ -109,3 +112,23 @@ def let_go(bits: np.ndarray) -> None:
     """Give back memory that shows a file; what is in it stays, and is read again when it is looked at."""
     if isinstance(bits.base, mmap.mmap) and hasattr(bits.base, "madvise"):  # not on Windows
         bits.base.madvise(mmap.MADV_DONTNEED)
+
+
+def sampled_region(plan: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Where a ``SampledVolume.plan`` has masks drawn of a volume (S, H, W): bool of that shape."""
+    axis, (first, last) = plan["axis"], plan["slices"]
+    original = tuple(np.delete(shape, axis).tolist())
+    tiling = Tiling(
+        original,
+        tuple(plan["resampled_to"]),
+        tuple(plan["tile_pixels"]),
+        [(row, column) for row, column in plan["tiles"]],
+        tuple(plan["inside"]),
+        tuple(plan.get("tile_window", plan["tile_pixels"])),
+    )
+    everywhere = torch.zeros(len(tiling.tiles), 1, *tiling.size, dtype=torch.bool)
+    (top, left), (height, width) = tiling.margin, tiling.marked
+    everywhere[..., top : top + height, left : left + width] = True
+    region = np.zeros(shape, bool)
+    np.moveaxis(region, axis, 0)[first:last] = tiling.join(everywhere)[0].numpy()
+    return region

@@ -13,7 +13,7 @@ import numpy as np
 
 from berdiff_fast import digests
 from berdiff_fast.files import append_text, open_own, write_text
-from berdiff_fast.sampled import let_go
+from berdiff_fast.scans.sampled import let_go
 
 logger = logging.getLogger("berdiff_fast")
 

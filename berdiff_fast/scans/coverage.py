@@ -11,7 +11,7 @@ import numpy as np
 
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io.stack import SliceStack
-from berdiff_fast.scans import sampled_region
+from berdiff_fast.scans.sampled import sampled_region
 
 
 @dataclass(frozen=True)
