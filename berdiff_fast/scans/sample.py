@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from berdiff_fast import checks, locks, rng
+from berdiff_fast import checks, limits, locks, rng
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.model import BerDiff, fingerprint
 from berdiff_fast.sampling import Sampler
@@ -140,6 +140,7 @@ def sample_volume(
             for i, of_slice in zip(chosen, masks[:, :, 0].cpu().split(len(tiling.tiles)), strict=True):
                 bits = np.packbits(tiling.join(of_slice).numpy(), axis=0, bitorder="little")
                 store.put(i, bits)
+    limits.give_back()
     return SampledVolume(volume, sampler.n, store.bits, plan)
 
 
