@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-import berdiff_fast
+from berdiff_fast._version import __version__
 from berdiff_fast.backends import select
+from berdiff_fast.loading import bundled_models
+from berdiff_fast.rng import DRAW_CONTRACT
 
 
 def collect() -> dict[str, Any]:
@@ -21,8 +23,8 @@ def collect() -> dict[str, Any]:
     # A reason for the device that the backend is made for: "it runs on an NVIDIA GPU" helps nobody without one.
     home = {"cuda": "cuda", "cpp": "cpu", "triton": "cuda" if gpu else "cpu", "reference": "cpu"}
     return {
-        "berdiff_fast": berdiff_fast.__version__,
-        "draw contract": berdiff_fast.DRAW_CONTRACT,
+        "berdiff_fast": __version__,
+        "draw contract": DRAW_CONTRACT,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
@@ -33,7 +35,7 @@ def collect() -> dict[str, Any]:
         "cuda architectures": _architectures(),
         "backends": {name: select.why_not(name, home[name]) for name in select.BACKENDS},
         "auto": {device: _auto(device) for device in (["cpu", "cuda"] if gpu else ["cpu"])},
-        "bundled models": berdiff_fast.bundled_models(),
+        "bundled models": bundled_models(),
     }
 
 

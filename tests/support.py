@@ -21,6 +21,7 @@ from torch import nn
 from berdiff_fast import NoiseSchedule
 from berdiff_fast.backends import select
 from berdiff_fast.data import phantom
+from berdiff_fast.network.unet import UNet
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 
@@ -205,3 +206,16 @@ def threads(count: int) -> Iterator[None]:
 def full_table(schedule: NoiseSchedule, method: str, **options: Any) -> torch.Tensor:
     """The step table over all timesteps: row t steps from t to t - 1."""
     return schedule.step_table(range(schedule.timesteps), method, **options)
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    """Fills the zero-initialised layers too: a fresh network predicts 0 whatever is wrong inside it."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return network.eval()
+
+
+def inputs(network: UNet, *spatial: int, batch: int = 2):
+    y_t = torch.rand(batch, network.mask_channels, *spatial) < 0.5
+    return y_t, torch.arange(batch) * 400 + 3, torch.randn(batch, network.img_channels, *spatial)

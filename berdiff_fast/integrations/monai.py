@@ -29,8 +29,8 @@ except ImportError as error:
         f'berdiff_fast.integrations.monai needs MONAI 1.4 or newer: pip install "berdiff_fast[monai]" ({error})'
     ) from None
 
-import berdiff_fast
 from berdiff_fast import checks
+from berdiff_fast._version import __version__
 from berdiff_fast.data import importers, pixels
 from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.data.importers.trees import Slice
@@ -224,7 +224,7 @@ def to_hdf5(
     }
     attributes = {
         "format": importers.FORMAT,
-        "berdiff_fast": berdiff_fast.__version__,
+        "berdiff_fast": __version__,
         "source": "monai",
         "split": path.stem,
         "parameters": json.dumps(parameters),

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from berdiff_fast._optional import require
-from berdiff_fast.io import dicom_display, dicom_pixels, limits
+from berdiff_fast.io import claims, dicom_display, dicom_pixels
 from berdiff_fast.io.dicom_stack import Frame, stack
+from berdiff_fast.io.quiet import line
 from berdiff_fast.io.volume import Format, Volume, warn
-from berdiff_fast.io.words import line
 
 _DICOMDIR = "1.2.840.10008.1.3.10"
 
@@ -153,7 +153,7 @@ def _volume(path: Path, files: list[Path], headers: list[Any]) -> Volume:
     for note in stacked.notes:
         warn(path, note)
     order = stacked.order
-    limits.check_voxels((len(order), frames[0].rows, frames[0].columns), 1)
+    claims.check_voxels((len(order), frames[0].rows, frames[0].columns), 1)
     array, padding = _array(path, [frames[i] for i in order], [values[i] for i in order], headers[0])
     many = len(files) == 1 and len(frames) > 1
     header_of = dict(zip(files, headers, strict=True))

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from berdiff_fast._optional import require
-from berdiff_fast.io import limits
-from berdiff_fast.io.words import silence
+from berdiff_fast.io import claims
+from berdiff_fast.io.quiet import silence
 
 _RLE = "1.2.840.10008.1.2.5"
 _DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -50,11 +50,11 @@ def _judge_deflated(path: Path) -> None:
             return
     meta = read_file_meta_info(path)
     length = 132 + 12 + int(meta.get("FileMetaInformationGroupLength", 0))
-    most = 2 * int(limits.MAX_VOXELS)
+    most = 2 * int(claims.MAX_VOXELS)
     with path.open("rb") as file:
         file.seek(length)
         try:
-            found = limits.inflated(file, most, -zlib.MAX_WBITS)
+            found = claims.inflated(file, most, -zlib.MAX_WBITS)
         except (zlib.error, EOFError):
             return  # told by who reads it
     if found > most:
@@ -85,7 +85,7 @@ def judge(dataset: Any) -> tuple[int, int, int]:
     """Frames, rows and columns that a header tells of, in grey.
 
     Raises:
-        ValueError: a damaged header, colour, or a size beyond all limits.
+        ValueError: a damaged header, colour, or a size beyond all claims.
     """
     rows, columns = whole(dataset, "Rows", 1, 2**16 - 1), whole(dataset, "Columns", 1, 2**16 - 1)
     frames = whole(dataset, "NumberOfFrames", 0, 2**31 - 1, 1) or 1
@@ -103,7 +103,7 @@ def judge(dataset: Any) -> tuple[int, int, int]:
     whole(dataset, "PixelRepresentation", 0, 1, 0)
     if "ModalityLUTSequence" in dataset:
         raise ValueError("has a table of its own for values (ModalityLUTSequence), which is not supported")
-    limits.check_voxels((frames, rows, columns), max(1, allocated // 8))
+    claims.check_voxels((frames, rows, columns), max(1, allocated // 8))
     return frames, rows, columns
 
 
@@ -171,7 +171,7 @@ def _unpacked(dataset: Any, shape: tuple[int, int, int], syntax: Any) -> np.ndar
     for frame in frames:
         size = _size_within(frame)
         if size is not None and size != shape[1:]:
-            raise ValueError(f"cannot be read: a compressed frame is {limits.by(size)}, not {limits.by(shape[1:])}")
+            raise ValueError(f"cannot be read: a compressed frame is {claims.by(size)}, not {claims.by(shape[1:])}")
     sitk = require("SimpleITK")
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = syntax

@@ -11,9 +11,9 @@ import numpy as np
 
 from berdiff_fast.files import whole_file
 from berdiff_fast.io import dicom, hdf5, itk, nifti, padding, pictures
+from berdiff_fast.io.quiet import line, without_chatter
 from berdiff_fast.io.slices import Slices, blocks
 from berdiff_fast.io.volume import Format, Volume
-from berdiff_fast.io.words import line, without_chatter
 
 _ALL: dict[str, Format] = {
     one.name: one

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from berdiff_fast.io import limits
+from berdiff_fast.io import claims
 from berdiff_fast.io.volume import Format, Volume
 
 
@@ -21,7 +21,7 @@ def _read(path: Path, series: str | None) -> Volume:
             if "image" in file.keys():  # noqa: SIM118 - `in file` would follow a link
                 raise ValueError("cannot be read: 'image' is no data set")
             raise ValueError(f"must have a dataset 'image', got {sorted(file)}")
-        limits.check_voxels(found.shape, found.dtype.itemsize)
+        claims.check_voxels(found.shape, found.dtype.itemsize)
         array = contained.whole(found)
     return Volume(array[None] if array.ndim == 2 else array, format="hdf5", path=path, placed=False)
 

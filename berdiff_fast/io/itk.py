@@ -14,9 +14,9 @@ import numpy as np
 
 from berdiff_fast._optional import require
 from berdiff_fast.io import text_headers
+from berdiff_fast.io.quiet import line, silence
 from berdiff_fast.io.slices import Slices, contiguous, deflate
 from berdiff_fast.io.volume import Format, Volume
-from berdiff_fast.io.words import line, silence
 
 
 def check_voxels(dimension: int, size: Sequence[int], components: int) -> None:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from berdiff_fast._optional import require
-from berdiff_fast.io import limits
+from berdiff_fast.io import claims
 from berdiff_fast.io.slices import Slices, blocks, contiguous, deflate
 from berdiff_fast.io.volume import Format, Volume, affine, warn
 
@@ -71,22 +71,22 @@ def _read(path: Path, series: str | None) -> Volume:
         if ratio == 1 and stored < start + np.prod(shape, dtype=object) * kind.itemsize:
             wanted = start + int(np.prod(shape, dtype=object)) * kind.itemsize
             raise ValueError(f"is cut short: it has {stored} of {wanted} bytes")
-        wanted = limits.check_voxels(shape, kind.itemsize, stored, ratio)
+        wanted = claims.check_voxels(shape, kind.itemsize, stored, ratio)
         file.seek(0)
-        limits.skip(file, start)
+        claims.skip(file, start)
         rescale = _rescale(header, kind)
         # Some slices at a time, in the type that it is to have: nothing of the volume is there twice.
         array = np.empty(shape[::-1], kind.newbyteorder("=") if rescale is None else rescale[2])
         found = start
         for place in blocks(array):
-            data = limits.take(file, place.size * kind.itemsize)
+            data = claims.take(file, place.size * kind.itemsize)
             found += len(data)
             if len(data) < place.size * kind.itemsize:
                 raise ValueError(f"is cut short: it has {found} of {start + wanted} bytes")
             part = np.frombuffer(data, kind).reshape(place.shape)
             place[...] = part if rescale is None else part * rescale[0] + rescale[1]
         if ratio > 1:
-            limits.to_the_end(file)  # where gzip keeps its checksum
+            claims.to_the_end(file)  # where gzip keeps its checksum
     grid, notes, placed = _geometry(header)
     for note in notes if _description(header) != _REPEATED else ():
         warn(path, note)
@@ -111,7 +111,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, float]]:
         file.seek(0)
         if packed:
             with gzip.open(file) as inside:
-                yield inside, limits.DEFLATE  # type: ignore[misc]
+                yield inside, claims.DEFLATE  # type: ignore[misc]
         else:
             yield file, 1.0
 

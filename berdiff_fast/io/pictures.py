@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from berdiff_fast._optional import require
-from berdiff_fast.io import limits
+from berdiff_fast.io import claims
+from berdiff_fast.io.quiet import silence, without_chatter
 from berdiff_fast.io.slices import Slices, contiguous
 from berdiff_fast.io.volume import Format, Volume
-from berdiff_fast.io.words import silence, without_chatter
 
 # Pillow's own words for it hold the path, which the caller names already.
 _WORDS = {"UnidentifiedImageError": "not a PNG, JPEG or TIFF"}
@@ -79,7 +79,7 @@ def load_npy(path: Path) -> np.ndarray:
         if "mmap length" in str(error):
             raise ValueError("cannot be read: it is cut short, or claims a size that it does not have") from None
         raise
-    limits.check_voxels(mapped.shape, mapped.dtype.itemsize)
+    claims.check_voxels(mapped.shape, mapped.dtype.itemsize)
     del mapped  # its pages would count beside what is read
     return np.load(path, allow_pickle=False)
 
@@ -157,10 +157,10 @@ def _check_alone(picture: Any) -> None:
 
 
 def _check_size(size: tuple[int, ...]) -> None:
-    limit = int(os.environ.get("BERDIFF_FAST_MAX_PIXELS", limits.MAX_PIXELS))
+    limit = int(os.environ.get("BERDIFF_FAST_MAX_PIXELS", claims.MAX_PIXELS))
     if int(np.prod(size, dtype=object)) > limit:
         raise _NotGreyError(
-            f"has {limits.by(size)} pixels, more than the {limit} that are read "
+            f"has {claims.by(size)} pixels, more than the {limit} that are read "
             "(BERDIFF_FAST_MAX_PIXELS sets the limit)"
         )
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from berdiff_fast.io import dicom, dicom_pixels, formats
+from berdiff_fast.io.quiet import line, without_chatter
 from berdiff_fast.io.volume import Volume, affine, warn
-from berdiff_fast.io.words import line, without_chatter
 
 _SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-import berdiff_fast
 from berdiff_fast import limits
 from berdiff_fast._optional import require
+from berdiff_fast._version import __version__
 from berdiff_fast.files import whole_file
 from berdiff_fast.io import minimal
 from berdiff_fast.io.slices import Slices
@@ -62,7 +62,7 @@ def write_segmentation(
     wanted = len(kept) * math.prod(like.array.shape[1:]) * (len(marked) * kind.itemsize + 8)
     limits.room("a DICOM segmentation", wanted, "sample fewer slices or masks")
     algorithm = AlgorithmIdentificationSequence(
-        name="berdiff_fast", family=codes.cid7162.ArtificialIntelligence, version=berdiff_fast.__version__
+        name="berdiff_fast", family=codes.cid7162.ArtificialIntelligence, version=__version__
     )
     segments = [
         seg.SegmentDescription(
@@ -108,7 +108,7 @@ def write_segmentation(
             instance_number=1,
             manufacturer="berdiff_fast",
             manufacturer_model_name="berdiff_fast",
-            software_versions=berdiff_fast.__version__,
+            software_versions=__version__,
             device_serial_number="0",
             content_description=description[:64] or None,
         )

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from berdiff_fast.io import limits
+from berdiff_fast.io import claims
 from berdiff_fast.io.volume import warn
 
 _MOST = 2**20  # bytes of a header
@@ -116,10 +116,10 @@ def judge_metaimage(path: Path) -> bool:
         raise ValueError(f"its DistanceUnits are {unit[:20]!r}; convert it to mm")
     _compare_letters(path, header, dims)
     _meta_order(header)
-    wanted = limits.check_voxels(shape, _META_TYPES[kind])
+    wanted = claims.check_voxels(shape, _META_TYPES[kind])
     compressed = header.fields.get("compresseddata", "False").lower()[:1] == "t"
     ascii_ = header.fields.get("binarydata", "True").lower()[:1] == "f"
-    skip = header.whole("headersize", -1, limits.MAX_BESIDE, 0)
+    skip = header.whole("headersize", -1, claims.MAX_BESIDE, 0)
     if compressed and header.fields["elementdatafile"].upper() == "LOCAL":  # ITK makes up voxels without it
         header.whole("compresseddatasize", 1, path.stat().st_size - header.length)
     _judge_data(path, header, _meta_files(path, header, shape), wanted, compressed, ascii_, max(skip, 0))
@@ -233,7 +233,7 @@ def judge_nrrd(path: Path) -> bool:
     kind = " ".join(header.fields.get("type", "").lower().split())
     if kind not in _NRRD_SIZES:
         raise _bad(f"type {kind[:40]!r} is not known")
-    wanted = limits.check_voxels(shape, _NRRD_SIZES[kind])
+    wanted = claims.check_voxels(shape, _NRRD_SIZES[kind])
     encoding = header.fields.get("encoding", "").lower()
     if encoding not in ("raw", "gzip", "gz", "ascii", "text", "txt", "hex"):
         raise ValueError(f"cannot be read: the encoding {encoding[:20]!r} is not known or not supported")
@@ -241,7 +241,7 @@ def judge_nrrd(path: Path) -> bool:
     for key in ("byteskip", "lineskip"):  # as they were written before
         if key in header.fields:
             header.fields.setdefault(key.replace("skip", " skip"), header.fields[key])
-    skip = header.whole("byte skip", -1, limits.MAX_BESIDE, 0)
+    skip = header.whole("byte skip", -1, claims.MAX_BESIDE, 0)
     header.whole("line skip", 0, 10**4, 0)
     packed, text = encoding in ("gzip", "gz"), encoding not in ("raw", "gzip", "gz")
     _judge_data(path, header, _nrrd_files(header), wanted, packed, text, max(skip, 0), gz=True)
@@ -366,7 +366,7 @@ def _judge_data(
         raise ValueError("cannot be read: it is cut short: one of its files is smaller than a slice")
     stored = sum(file.stat().st_size - skip for file in files) if files else path.stat().st_size - header.length - skip
     if packed:
-        stored *= limits.DEFLATE
+        stored *= claims.DEFLATE
     if stored < (wanted // 8 if text else wanted):  # a number of text takes two bytes at least, and it at most eight
         raise ValueError(f"cannot be read: it is cut short: it has {max(stored, 0)} of {wanted} bytes")
 
@@ -375,13 +375,13 @@ def _judge_packed(path: Path, start: int, wanted: int, skip: int, gz: bool) -> N
     with path.open("rb") as file:
         file.seek(start + (0 if gz else skip))
         try:
-            found = limits.inflated(file, wanted + limits.MAX_BESIDE, 32 + zlib.MAX_WBITS)  # of zlib or gzip
+            found = claims.inflated(file, wanted + claims.MAX_BESIDE, 32 + zlib.MAX_WBITS)  # of zlib or gzip
         except (zlib.error, EOFError) as error:
             raise ValueError(f"cannot be read: its voxels are damaged: {error}") from None
     if found < wanted:
         raise ValueError(f"cannot be read: it is cut short: it has {found} of {wanted} bytes")
-    if found > wanted + limits.MAX_BESIDE:
-        raise ValueError(f"has more than {limits.MAX_BESIDE >> 20} MB behind its voxels")
+    if found > wanted + claims.MAX_BESIDE:
+        raise ValueError(f"has more than {claims.MAX_BESIDE >> 20} MB behind its voxels")
 
 
 def judged(path: Path, kind: str) -> Any:

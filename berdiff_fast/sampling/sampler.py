@@ -22,6 +22,7 @@ from berdiff_fast.sampling.chunks import Chunk, Masks, in_chunks, max_batch
 from berdiff_fast.sampling.denoisers import CapturedDenoiser, Denoiser, Model, ModelDenoiser, PreparedDenoiser
 from berdiff_fast.sampling.modes import ClassDenoiser, ClassDraw
 from berdiff_fast.sampling.plan import FINALS, Plan
+from berdiff_fast.sampling.progress import bar_of
 from berdiff_fast.schedule import NoiseSchedule
 
 logger = logging.getLogger("berdiff_fast")
@@ -253,7 +254,7 @@ class Sampler:
             classes, finite = self.classes.draw(exact, seeds, self.n, first_sample)
             masks = replace(masks, classes=classes)
             flags[:1].logical_or_(finite.logical_not())
-        with _evaluating(self.model), torch.no_grad(), _bar(masks, self.plan, progress) as advance:
+        with _evaluating(self.model), torch.no_grad(), bar_of(masks, self.plan, progress) as advance:
             denoiser = self._denoiser(dtype, dtype != own, img.device)
             found = self._run(denoiser, masks, flags, return_probability, advance)
         _raise(flags, self.plan, img.dtype)
@@ -386,18 +387,3 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _bar(masks: Masks, plan: Plan, show: bool | Callable[[float], object]) -> Iterator[Callable[[int], object]]:
-    total = masks.rows * len(plan.timesteps)
-    if callable(show):
-        yield lambda mask_steps: show(mask_steps / total)
-        return
-    if not show:
-        yield lambda mask_steps: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc="sampling", unit="mask-step") as bar:
-        yield bar.update

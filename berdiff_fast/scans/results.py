@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-import berdiff_fast
+from berdiff_fast._version import __version__
 from berdiff_fast.files import whole_file
 from berdiff_fast.imaging import volumes
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io import raters as raters_io
 from berdiff_fast.io.slices import Slices
 from berdiff_fast.io.stack import mm
+from berdiff_fast.rng import DRAW_CONTRACT
 from berdiff_fast.scans.coverage import Coverage
 from berdiff_fast.scans.result_files import (
     SUMMARY,
@@ -356,8 +357,8 @@ def provenance(
         **({"anonymized": True} if anonymize else {}),
         "model": Path(model_name).name,
         "model_sha256": model_hash,
-        "berdiff_fast": berdiff_fast.__version__,
-        "draw_contract": berdiff_fast.DRAW_CONTRACT,
+        "berdiff_fast": __version__,
+        "draw_contract": DRAW_CONTRACT,
         "torch": torch.__version__,
         "device": device,
         **sampled.plan,

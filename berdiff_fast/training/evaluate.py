@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-import berdiff_fast
 from berdiff_fast import checks, metrics, rng
+from berdiff_fast._version import __version__
 from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.files import remove_link, write_bytes, write_text
 from berdiff_fast.model import BerDiff
@@ -230,7 +230,7 @@ def evaluate(
         },
         "sampling": {"n": n, "seed": seed, "batch": batch, **options},
         "versions": {
-            "berdiff_fast": berdiff_fast.__version__,
+            "berdiff_fast": __version__,
             "torch": torch.__version__,
             "draw_contract": rng.DRAW_CONTRACT,
         },

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-import berdiff_fast
+from berdiff_fast._version import __version__
 from berdiff_fast.data import pixels
 from berdiff_fast.data.importers.reading import Reader
 from berdiff_fast.data.importers.report import FORMAT
@@ -51,7 +51,7 @@ def write_files(
                 assert reader.size is not None
                 attributes = {
                     "format": FORMAT,
-                    "berdiff_fast": berdiff_fast.__version__,
+                    "berdiff_fast": __version__,
                     "source": parameters["layout"],
                     "split": name,
                     "parameters": json.dumps(parameters),

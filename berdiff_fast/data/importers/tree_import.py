@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import berdiff_fast
 from berdiff_fast import checks
+from berdiff_fast._version import __version__
 from berdiff_fast.data.importers.arguments import check_choice, check_output, check_pattern, check_size, check_source
 from berdiff_fast.data.importers.files import preview_of, write_files, write_text
 from berdiff_fast.data.importers.layouts import LAYOUTS, detect, found_raters
@@ -198,7 +198,7 @@ def import_tree(
             ignored=tuple(tree.ignored),
             notes=tuple(notes),
             parameters=parameters,
-            berdiff_fast=berdiff_fast.__version__,
+            berdiff_fast=__version__,
         )
         write_text(folder / "splits.json", json.dumps(splits, indent=2) + "\n")
         write_text(folder / "import.json", report.to_json())
