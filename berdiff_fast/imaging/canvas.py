@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from berdiff_fast._optional import require
 from berdiff_fast.files import write_bytes
 
 if TYPE_CHECKING:
@@ -21,10 +22,7 @@ INK = "#222222"
 
 def require_matplotlib() -> None:
     """Raise an ImportError that tells how to install matplotlib where it is missing."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError('figures need matplotlib: pip install "berdiff_fast[figures]"') from error
+    require("matplotlib.figure", "figures")
 
 
 def target(path: str | os.PathLike[str] | None) -> Path | None:

@@ -20,17 +20,11 @@ from typing import Any
 
 import torch
 
-from berdiff_fast.metrics import from_counts
-
-try:
-    from torchmetrics import Metric
-except ImportError as error:
-    raise ImportError(
-        f"berdiff_fast.metrics.torchmetrics needs torchmetrics: pip install torchmetrics ({error})"
-    ) from None
-
 from berdiff_fast import checks
-from berdiff_fast.metrics import decomposition, functional
+from berdiff_fast._optional import require
+from berdiff_fast.metrics import decomposition, from_counts, functional
+
+Metric: Any = require("torchmetrics", "train").Metric
 
 __all__ = [
     "DiceMajority",
@@ -96,7 +90,7 @@ class Evaluation(_MeansOverImages):
         super().__init__(names, **kwargs)
 
     @property
-    def higher_is_better(self) -> bool | None:  # type: ignore[override]
+    def higher_is_better(self) -> bool | None:
         ways = {from_counts.HIGHER_IS_BETTER[name] for name in self.names}
         return ways.pop() if len(ways) == 1 else None
 

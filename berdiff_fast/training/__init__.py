@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
+from berdiff_fast import _optional
+
 
 def require() -> None:
     """Raise an ImportError that tells how to install what training needs, where it is missing."""
-    try:
-        import accelerate  # noqa: F401
-        import yaml  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f'training and evaluation need {error.name}: pip install "berdiff_fast[train]"') from error
+    for package in ("accelerate", "yaml"):
+        _optional.require(package, "train")
 
 
 def on_cpu(device: str) -> bool:
