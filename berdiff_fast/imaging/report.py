@@ -10,6 +10,7 @@ runs of zeros and ones.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import math
@@ -17,12 +18,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
+from markupsafe import Markup
 
 from berdiff_fast import checks
 from berdiff_fast.files import write_text
@@ -286,48 +288,59 @@ class _Page:
             data |= {"images": [encoding.png(encoding.grey(image[s], low, high)) for s in kept], "values": []}
         here = Path(__file__).parent
         script = (here / "report.js").read_text("utf-8")
-        numbers = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
-        if self.coverage:
-            numbers = f"<p>{measure.name} of {escape(self.coverage)}, masks and raters alike.</p>{numbers}"
         parts = {
-            "title": escape(self.title) or "Plausible masks",
+            "title": self.title or "Plausible masks",
             "policy": f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'",
-            "style": (here / "report.css").read_text("utf-8"),
+            "style": Markup((here / "report.css").read_text("utf-8")),
             "facts": f"{tables.facts(self.image.shape, len(masks), len(theirs), self.spacing)} · "
             f"{existence_in_words(self.existence)}",
-            "which": escape(_which(stack)),
-            "view": escape(str(view)),
-            "edges": _edges(view.edges),
-            "left_out": _left_out(kept, stack),
-            "window": _window_in_words(self.windows, self.intensity) + escape(self.window_note),
-            "windows_hidden": "" if len(self.windows) > 1 else "hidden",
-            "window_hidden": "hidden" if len(self.windows) > 1 else "",
-            "window_options": _options(self.windows),
-            "intensity": escape(self.intensity),
+            "which": _which(stack),
+            "view": str(view),
+            "edges": [*zip(("left", "top", "right", "bottom"), view.edges or (), strict=False)],
+            "left_out": None if len(kept) == stack.count else (stack.first + kept[0], stack.first + kept[-1]),
+            "stack": stack,
+            "window": f"{_window_in_words(self.windows, self.intensity)} {self.window_note}",
+            "windows": [*self.windows],
+            "intensity": self.intensity,
             "mean_ramp": ", ".join(encoding.RAMPS["mean"]),
             "disagreement_ramp": ", ".join(encoding.RAMPS["disagreement"]),
-            "last_slice": str(len(kept) - 1),
-            "start": str(kept.index(start)),
-            "last_sample": str(len(masks) - 1),
-            "raters_hidden": "hidden" if raters is None else "",
-            "slices_hidden": "hidden" if len(kept) == 1 else "",
+            "last_slice": len(kept) - 1,
+            "start": kept.index(start),
+            "last_sample": len(masks) - 1,
             "aspect": f"{aspect:.6g}",
-            "stills": _stills(encoding.stills(first, masks[:, start]), stack.first + start, aspect, view.edges),
-            "measure": measure.name,
-            "measured": f"{measure.name} of {escape(self.coverage)}" if self.coverage else measure.name,
+            "stills": [*zip(_captions(stack.first + start), encoding.stills(first, masks[:, start]), strict=True)],
+            "measure": measure,
+            "coverage": self.coverage,
             "summary": tables.summary(own, theirs, measure),
             "histogram": histogram,
-            "agreement": "" if raters is None else tables.agreement(raters, self.masks, self.coverage),
-            "sizes": tables.sizes(
-                own, theirs, everyone.any((2, 3)).sum(1), colors, encoding.RATER, measure, len(self.image)
+            "raters": len(theirs),
+            "agreement": None if raters is None else tables.agreement(raters, self.masks),
+            "slices": len(self.image),
+            "rows": tables.rows(own, theirs, everyone.any((2, 3)).sum(1), colors),
+            "rater_color": encoding.RATER,
+            "notes": self.notes,
+            "provenance": self.provenance,
+            # Nothing in it ends the element that it stands in.
+            "data": Markup(
+                re.sub(r"[<>&\u2028\u2029]", lambda c: f"\\u{ord(c[0]):04x}", json.dumps(data, ensure_ascii=False))
             ),
-            "notes": f'<div class="note">{numbers}</div>' if numbers else "",
-            "provenance": tables.provenance(self.provenance),
-            "data": re.sub(r"[<>&\u2028\u2029]", lambda c: f"\\u{ord(c[0]):04x}", json.dumps(data, ensure_ascii=False)),
-            "script": script,
+            "script": Markup(script),
         }
-        # In one pass: a title that looks like a placeholder stays what it is.
-        return re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], (here / "report.html").read_text("utf-8"))
+        return _templates().get_template("report.html").render(parts)
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    """Templates in which whatever is not ``Markup`` is escaped, and a name that is missing is an error."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters["number"] = tables.number
+    return templates
 
 
 def _kept(masks: np.ndarray) -> list[int]:
@@ -342,46 +355,21 @@ def _kept(masks: np.ndarray) -> list[int]:
     return list(range(first, last + 1))
 
 
-def _left_out(kept: list[int], stack: SliceStack) -> str:
-    if len(kept) == stack.count:
-        return ""
-    first, last = stack.first + kept[0], stack.first + kept[-1]
-    return (
-        f'<p class="note">Slices {first} to {last} are in this file. In the others, of {stack.first} to '
-        f"{stack.first + stack.count - 1}, nobody marks anything.</p>"
-    )
-
-
 def _which(stack: SliceStack) -> str:
     which = str(stack)
     return f"{which[0].upper()}{which[1:]}; slices, rows, columns and samples are counted from 0."
 
 
-def _edges(letters: tuple[str, ...] | None) -> str:
-    """Letters over a picture, at its left, top, right and bottom edge."""
-    sides = zip(("left", "top", "right", "bottom"), letters or (), strict=False)
-    return "".join(f'<span class="edge {side}">{text}</span>' for side, text in sides)
-
-
 def _window_in_words(windows: Mapping[str, tuple[float, float]], unit: str) -> str:
     name, (low, high) = next(iter(windows.items()))
     ends = f"{low:.4g} to {high:.4g} {unit}".strip()
-    return f"Window: {escape(name)} ({escape(ends)}). "
+    return f"Window: {name} ({ends})."
 
 
-def _options(windows: Mapping[str, tuple[float, float]]) -> str:
-    return "".join(f'<option value="{k}">{escape(name)}</option>' for k, name in enumerate(windows))
-
-
-def _stills(pictures: list[str], number: int, aspect: float, letters: tuple[str, ...] | None) -> str:
-    """Pictures of one slice, for browsers without scripts."""
-    captions = (
+def _captions(number: int) -> tuple[str, str, str]:
+    """Of pictures of one slice, for browsers without scripts."""
+    return (
         f"Slice {number}",
         "Mean of the samples, blue 0 to yellow 1",
         "Disagreement, purple 0 to cream 1 bit",
-    )
-    return "".join(
-        f'<figure><div class="framed"><img src="{picture}" alt="{caption}" style="aspect-ratio: {aspect:.6g}">'
-        f"{_edges(letters)}</div><figcaption>{caption}</figcaption></figure>"
-        for caption, picture in zip(captions, pictures, strict=True)
     )

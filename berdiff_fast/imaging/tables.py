@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a report can be read without scripts: sizes of masks in words, a histogram and tables, as HTML."""
+"""What of a report can be read without scripts: sizes of masks, in words, as a histogram and by mask."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from html import escape
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup, escape
 
 from berdiff_fast import metrics
 
@@ -30,23 +31,19 @@ class Measure:
         return Measure("Volume", "mL", each / 1000) if pixels.max() * each >= 1000 else Measure("Volume", "mm³", each)
 
     def text(self, value: float) -> str:
-        return f"{_number(value)} {escape(self.unit)}"
+        return f"{number(value)} {self.unit}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Whole, or with four significant digits."""
     if value == int(value):
         return f"{int(value):,}"
     return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 
-def _cell(value: float) -> str:
-    return f'<td data-value="{float(value)!r}">{_number(value)}</td>'
-
-
-def count(number: int, what: str) -> str:
+def count(many: int, what: str) -> str:
     """So many of them, in the singular or the plural."""
-    return f"{number} {what}{'s' * (number != 1)}"
+    return f"{many} {what}{'s' * (many != 1)}"
 
 
 def facts(shape: tuple[int, ...], samples: int, raters: int, spacing: tuple[float, ...] | None) -> str:
@@ -57,22 +54,18 @@ def facts(shape: tuple[int, ...], samples: int, raters: int, spacing: tuple[floa
     return " · ".join(found)
 
 
-def summary(own: np.ndarray, theirs: np.ndarray, measure: Measure) -> str:
+def summary(own: np.ndarray, theirs: np.ndarray, measure: Measure) -> dict[str, str]:
+    """The median of the sizes of samples in words, and what there is to say beside it."""
     low, median, high = np.percentile(own, (5, 50, 95))
-    text = f"Median <strong>{measure.text(median)}</strong>"
-    if len(own) > 1:
-        text += f"; 5 to 95 % of samples: {_number(low)} to {measure.text(high)}."
-    else:
-        text += "."
-    empty = int((own == 0).sum())
-    if empty:
-        text += f" {empty} of {len(own)} mark nothing."
+    rest = f"; 5 to 95 % of samples: {number(low)} to {measure.text(high)}." if len(own) > 1 else "."
+    if empty := int((own == 0).sum()):
+        rest += f" {empty} of {len(own)} mark nothing."
     if len(theirs):
-        text += f" Raters: {', '.join(map(_number, theirs))} {escape(measure.unit)}."
-    return text
+        rest += f" Raters: {', '.join(map(number, theirs))} {measure.unit}."
+    return {"median": measure.text(median), "rest": rest}
 
 
-def histogram(own: np.ndarray, theirs: np.ndarray, measure: Measure) -> tuple[str, list[float]]:
+def histogram(own: np.ndarray, theirs: np.ndarray, measure: Measure) -> tuple[Markup, list[float]]:
     """An SVG, and [value, x, value, x] of two points of its axis."""
     width, height, left, base, top = 420, 190, 14, 140, 14
     everyone = np.concatenate([own, theirs])
@@ -109,7 +102,7 @@ def histogram(own: np.ndarray, theirs: np.ndarray, measure: Measure) -> tuple[st
     parts.append(f'<path id="marker" d="M0 {base}v-{tall}" visibility="hidden"/>')
     parts.append(f'<text x="{width - left}" y="{height - 3}" text-anchor="end">{escape(measure.unit)}</text>')
     svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-labelledby="summary">{"".join(parts + labels)}</svg>'
-    return svg, [low, x(low), high, x(high)]
+    return Markup(svg), [low, x(low), high, x(high)]
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -119,53 +112,16 @@ def _ticks(low: float, high: float) -> list[float]:
     return [k * step for k in range(max(0, math.ceil(low / step)), math.floor(high / step) + 1)]
 
 
-def agreement(raters: np.ndarray, masks: np.ndarray, coverage: str = "") -> str:
+def agreement(raters: np.ndarray, masks: np.ndarray) -> dict[str, float]:
+    """GED and HM-IoU of samples and raters, each volume one mask."""
     found = metrics.evaluate(raters[None], masks[None], ("ged", "hm_iou"))
-    ged, iou = float(found["ged"]), float(found["hm_iou"])
-    return (
-        '<section class="card"><h2>Agreement with the raters</h2><table><tbody>'
-        '<tr><th scope="row">Generalised energy distance<small>GED², 0 to 2, lower is better</small></th>'
-        f'<td id="ged" data-value="{ged!r}">{ged:.3f}</td></tr>'
-        '<tr><th scope="row">Matched overlap<small>HM-IoU, 0 to 1, higher is better</small></th>'
-        f'<td id="hm_iou" data-value="{iou!r}">{iou:.3f}</td></tr></tbody></table>'
-        f'<p class="note">Each volume counts as one mask{f", of {escape(coverage)}" if coverage else ""}.</p></section>'
-    )
+    return {name: float(value) for name, value in found.items()}
 
 
-def sizes(
-    own: np.ndarray,
-    theirs: np.ndarray,
-    marked: np.ndarray,
-    colors: list[str],
-    rater_color: str,
-    measure: Measure,
-    slices: int,
-) -> str:
-    def line(k: int, name: str, value: float) -> str:
-        extra = f"<td>{marked[k]}</td>" if slices > 1 else ""
-        return f'<tr><th scope="row">{name}</th>{_cell(value)}{extra}</tr>'
-
-    def swatch(kind: str, color: str) -> str:
-        return f'<i class="{kind}" style="--color: {color}"></i>'
-
-    lines = [
-        line(k, f'<button type="button" data-sample="{k}">{swatch("swatch", colors[k])}Sample {k}</button>', value)
-        for k, value in enumerate(own.tolist())
+def rows(own: np.ndarray, theirs: np.ndarray, marked: np.ndarray, colors: list[str]) -> list[dict[str, Any]]:
+    """A row for each mask, samples first: its name, size, how many slices it marks, and a sample's colour."""
+    found: list[dict[str, Any]] = [
+        {"name": f"Sample {k}", "sample": k, "color": colors[k], "size": value} for k, value in enumerate(own.tolist())
     ]
-    lines += [
-        line(len(own) + r, f"{swatch('swatch dashed', rater_color)}Rater {r + 1}", value)
-        for r, value in enumerate(theirs.tolist())
-    ]
-    head = f'<th scope="col">Mask</th><th scope="col">{measure.name}, {escape(measure.unit)}</th>'
-    head += '<th scope="col">Slices</th>' if slices > 1 else ""
-    return f'<table id="sizes"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-
-
-def provenance(values: dict[str, str]) -> str:
-    if not values:
-        return ""
-    lines = (f'<tr><th scope="row">{escape(k)}</th><td>{escape(v)}</td></tr>' for k, v in values.items())
-    return (
-        '<section class="card"><h2>Provenance</h2><table id="provenance"><tbody>'
-        f"{''.join(lines)}</tbody></table></section>"
-    )
+    found += [{"name": f"Rater {r + 1}", "sample": None, "size": value} for r, value in enumerate(theirs.tolist())]
+    return [{**row, "slices": int(many)} for row, many in zip(found, marked, strict=True)]
