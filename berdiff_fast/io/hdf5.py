@@ -23,6 +23,7 @@ def _read(path: Path, series: str | None) -> Volume:
             raise ValueError(f"must have a dataset 'image', got {sorted(file)}")
         claims.check_voxels(found.shape, found.dtype.itemsize)
         array = contained.whole(found)
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
     return Volume(array[None] if array.ndim == 2 else array, format="hdf5", path=path, placed=False)
 
 

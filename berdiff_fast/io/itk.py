@@ -123,6 +123,8 @@ def _header(path: Path, shape: tuple[int, ...], kind: np.dtype[Any], like: Volum
     header = written[: written.index(last) + len(last)]
     sizes = b" ".join(b"%d" % size for size in reversed(shape))
     header = re.sub(rb"(?m)^(sizes: |DimSize = )1 1 1$", lambda found: found[1] + sizes, header)
+    if like.spacing is None:  # what nobody told is not told on
+        header = re.sub(rb"(?m)^(ElementSpacing = |ElementSize = |space directions: |spacings: ).*\n", b"", header)
     return re.sub(rb"(?m)^" + _PACKED + rb"\d+$", _PACKED + b" " * 20, header)
 
 

@@ -361,9 +361,12 @@ def _write(path: Path, array: np.ndarray | Slices, like: Volume) -> None:
 
 def _new_header(shape: tuple[int, ...], like: Volume) -> Any:
     nib = require("nibabel")
-    large = max(shape) > 32767
+    repeats = isinstance(like.header, Grid) and like.header.is_of(like)
+    # Codes of NIfTI-2 have 32 bits. One that wraps to nothing would leave the mask without a place.
+    codes = [int(like.header.header[name]) for name in ("sform_code", "qform_code")] if repeats else [0]
+    large = max(*shape, *codes) > 32767 or min(codes) < -32768
     header = (nib.Nifti2Header if large else nib.Nifti1Header)(endianness="<")
-    if isinstance(like.header, Grid) and like.header.is_of(like):
+    if repeats:
         source = like.header.header
         for name in ("dim", "pixdim", "xyzt_units", "sform_code", "qform_code", "srow_x", "srow_y", "srow_z"):
             header[name] = source[name]

@@ -36,7 +36,7 @@ def silence() -> Iterator[None]:
 @contextmanager
 def without_chatter() -> Iterator[None]:
     """Without the warnings of libraries about what they are fed: our own say, in one line, what is odd with a file."""
-    loggers = [logging.getLogger(name) for name in ("tifffile", "pydicom", "nibabel")]
+    loggers = [logging.getLogger(name) for name in ("tifffile", "pydicom", "nibabel", "PIL")]
     before = [one.disabled for one in loggers]
     for one in loggers:
         one.disabled = True

@@ -11,7 +11,7 @@ import numpy as np
 
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io.stack import SliceStack
-from berdiff_fast.scans.sampled import sampled_region
+from berdiff_fast.scans.sampled import checked_slices, sampled_region
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,7 @@ class Coverage:
         Raises:
             ValueError: slices that the volume does not have.
         """
-        axis, (first, end) = plan["axis"], plan["slices"]
-        count = volume.array.shape[axis]
-        if not (0 <= axis <= 2 and 0 <= first < end <= count):
-            raise ValueError(f"slices must be some of the {count} along an axis, got {first} to {end} along {axis}")
+        axis, (first, end) = checked_slices(plan, volume.array.shape)
         shape = [*volume.array.shape]
         shape[axis] = 1
         region = sampled_region({**plan, "slices": [0, 1]}, tuple(shape)).squeeze(axis)

@@ -209,13 +209,13 @@ def report_again(
     told = {k: v for k, v in summary.items() if k not in _RESULTS} | _files(read, anonymize)
     theirs = check_raters(read, volume)
     try:
+        coverage = Coverage.of(volume, summary)
         masks = []
         for name in summary["masks"]:
             mask = volumes.read(root / name).array
             if mask.shape != volume.array.shape:
                 raise ValueError(f"{root / name} has the shape {mask.shape}, and the scan {volume.array.shape}")
             masks.append(_sampled_slices(mask, summary) != 0)
-        coverage = Coverage.of(volume, summary)
         outside: list[int] = []
         if theirs is not None:
             theirs, outside = _where_sampled(theirs, summary)

@@ -116,7 +116,8 @@ def let_go(bits: np.ndarray) -> None:
 
 def sampled_region(plan: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:
     """Where a ``SampledVolume.plan`` has masks drawn of a volume (S, H, W): bool of that shape."""
-    axis, (first, last) = plan["axis"], plan["slices"]
+    axis, (first, last) = checked_slices(plan, shape)
+    _check_tiles(plan)
     original = tuple(np.delete(shape, axis).tolist())
     tiling = Tiling(
         original,
@@ -132,3 +133,34 @@ def sampled_region(plan: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarra
     region = np.zeros(shape, bool)
     np.moveaxis(region, axis, 0)[first:last] = tiling.join(everywhere)[0].numpy()
     return region
+
+
+def checked_slices(plan: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, tuple[int, int]]:
+    """The axis and the (first, last + 1) slices of a plan, which may come from a file.
+
+    Raises:
+        ValueError: a volume of that shape does not have them.
+    """
+    axis, (first, last) = plan["axis"], plan["slices"]
+    if type(axis) is not int or not 0 <= axis <= 2:
+        raise ValueError(f"axis must be 0, 1 or 2, got {axis!r:.40}")
+    if not (type(first) is int and type(last) is int and 0 <= first < last <= shape[axis]):
+        raise ValueError(
+            f"slices must be some of the {shape[axis]} along axis {axis}, got {first!r:.40} to {last!r:.40}"
+        )
+    return axis, (first, last)
+
+
+#: More pixels than a slice, or all tiles of it, may have in a plan.
+_MOST_SIDE, _MOST_PIXELS = 2**15, 2**28
+
+
+def _check_tiles(plan: Mapping[str, Any]) -> None:
+    """Raise a ValueError for tiles that no slice has, before memory is taken for them."""
+    for name in ("resampled_to", "tile_pixels", "inside", "tile_window", "tiles"):
+        for side in np.array(plan.get(name, []), dtype=object).flatten():
+            if type(side) is not int or abs(side) > _MOST_SIDE:
+                raise ValueError(f"{name} must be whole numbers of at most {_MOST_SIDE}, got {side!r:.40}")
+    height, width = plan["tile_pixels"]
+    if height * width * len(plan["tiles"]) > _MOST_PIXELS:
+        raise ValueError(f"{len(plan['tiles'])} tiles of {height} x {width} are more than a slice can be cut into")
