@@ -17,9 +17,10 @@ demo: $(VENV)/.demo
 # A file of tests stays in one process, and each process in one thread: two cores are used well by two of them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-# All but the tests marked `slow`, which test-all runs too.
+# All but the tests marked `slow`, which test-all runs too: the longest tables of equal bits, emulations, long trainings.
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	@echo "left out, but for make test-all: $$($(BIN)/pytest -q --collect-only -m slow 2>/dev/null | tail -1)"
 
 test-all: $(VENV)/.test
 	$(PYTEST) $(PYTEST_ARGS)

@@ -99,7 +99,7 @@ def main() -> None:
     results: dict = {
         "budget": budget | {"crop": CROP},
         "validation": {"slices": args.slices, "n": args.n, "sampling_steps": 10, **SAMPLER},
-        "samplers_of": {"model": "lidc", "slices": args.slices // 2, "n": args.n // 2, "sampling_steps": 10},
+        "samplers_of": {"model": "lidc-v1", "slices": args.slices // 2, "n": args.n // 2, "sampling_steps": 10},
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "training": [],
@@ -154,7 +154,7 @@ def main() -> None:
         for name, options in SAMPLERS.items() if "samplers" in args.tables else ():
             folder.mkdir(exist_ok=True)
             score(
-                *(folder, "samplers", name, seed, bf.load("lidc"), whole, args.slices // 2, args.n // 2),
+                *(folder, "samplers", name, seed, bf.load("lidc-v1"), whole, args.slices // 2, args.n // 2),
                 options | {"seed": seed},
             )
 

@@ -134,7 +134,7 @@ def slices_file(path: Path, count: int = 1024) -> Path:
 def settings(args: argparse.Namespace, data: Path, output: Path, batch: int, precision: str, **more) -> TrainConfig:
     return TrainConfig.from_dict(
         {
-            **read_yaml("lidc"),
+            **read_yaml("lidc_v1"),
             "train_data": str(data),
             "output": str(output),
             "device": "cpu" if args.device == "cpu" else "auto",

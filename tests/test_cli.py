@@ -179,7 +179,7 @@ def test_a_file_need_not_make_sense_without_the_command_line(tmp_path):
 
 def test_help_shows_what_a_file_says(capsys):
     with pytest.raises(SystemExit):
-        parsed("train", "--config", "lidc2", "--help")
+        parsed("train", "--config", "lidc", "--help")
     assert "(default: 256)" in capsys.readouterr().out
 
 

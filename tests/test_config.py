@@ -99,7 +99,7 @@ def test_sections_in_python():
 
 def test_the_later_of_two_counts():
     """So that ``{**read_yaml(...), "steps": 100}`` changes what the file says."""
-    assert TrainConfig.from_dict({**read_yaml("lidc"), "steps": 100, "crop_steps": 50}).optimiser.steps == 100
+    assert TrainConfig.from_dict({**read_yaml("lidc_v1"), "steps": 100, "crop_steps": 50}).optimiser.steps == 100
     assert TrainConfig.from_dict({"steps": 100, "optimiser": {"steps": 3}}).optimiser.steps == 3
 
 

@@ -281,7 +281,7 @@ def test_the_recipe_trains_on_real_slices(tmp_path):
     """The bundled config, for two steps of four slices."""
     from berdiff_fast.training.config import read_yaml
 
-    values = read_yaml("lidc2") | dict(steps=2, batch_size=4, device="cpu", tensorboard=False, prior_members=1)
+    values = read_yaml("lidc") | dict(steps=2, batch_size=4, device="cpu", tensorboard=False, prior_members=1)
     path = data_path("lidc/val.h5")
     loop.train(TrainConfig.from_dict(values | {"train_data": str(path), "output": str(tmp_path)}))
     model = bf.load(tmp_path / "model.safetensors")

@@ -37,7 +37,7 @@ class Train(Settings, Command):
     file over the defaults. More: docs/training.md
 
     Args:
-        config: YAML file of settings, or one that comes with the package: lidc, lidc2, lidc_whole
+        config: YAML file of settings, or one that comes with the package: lidc, lidc_v1, lidc_whole
     """
 
     config: str = ""

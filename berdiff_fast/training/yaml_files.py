@@ -15,6 +15,10 @@ _BUNDLED = Path(__file__).parent / "configs"
 _MOST_BYTES, _MOST_VALUES = 2**20, 10_000
 
 
+#: Configs that were called something else before.
+_FORMER = {"lidc2": "lidc"}
+
+
 def bundled_configs() -> list[str]:
     """Names of the configs that come with the package."""
     return sorted(p.stem for p in _BUNDLED.glob("*.yaml"))
@@ -31,6 +35,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     file = Path(path)
     if not file.is_file():
+        path = _FORMER.get(str(path), path)
         if str(path) not in bundled_configs():
             raise FileNotFoundError(
                 f"config: no file {str(path)!r}, and no bundled config of that name (there are {bundled_configs()})"

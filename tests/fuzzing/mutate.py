@@ -4,6 +4,7 @@ the first check. Each takes a file's bytes and a ``random.Random``, and returns 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gzip
 import io
@@ -257,6 +258,13 @@ def npy_header(data: bytes, rng: random.Random) -> bytes:
     return data[:8] + struct.pack("<H", len(text)) + text.encode("latin-1") + rest
 
 
+def _inflated(data: bytes) -> bytes:
+    """What zlib makes of data, or something else where an earlier change has damaged them."""
+    with contextlib.suppress(zlib.error):
+        return zlib.decompressobj().decompress(data) or b"x"
+    return b"x"
+
+
 def png_chunks(data: bytes, rng: random.Random) -> bytes:
     """Chunks with sound checksums: other sizes, depths and colours; missing, doubled, unpacked and mutated pixels."""
     chunks, at = [], 8
@@ -279,7 +287,7 @@ def png_chunks(data: bytes, rng: random.Random) -> bytes:
             chunks.insert(at, chunks[at])
         elif kind == "pixels":
             chunks = [
-                (n, zlib.compress(any_bytes(zlib.decompressobj().decompress(c) or b"x", rng)) if n == b"IDAT" else c)
+                (n, zlib.compress(any_bytes(_inflated(c), rng)) if n == b"IDAT" else c)
                 for n, c in chunks
                 if n != b"IDAT" or c[:1] == b"\x78"
             ] or chunks
