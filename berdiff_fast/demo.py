@@ -32,8 +32,9 @@ class Result:
     Attributes:
         picture: the PNG.
         masks: (B, n, 1, H, W) bool.
-        seconds: of the whole call of ``sample``.
-        network_seconds, step_seconds: of it, in the step kernel (all steps; timed apart), and the rest: the network.
+        seconds: how long the whole call of ``sample`` took.
+        step_seconds: how long the step kernel took, over all steps (timed apart).
+        network_seconds: the rest, which is the network.
         backend: that drew the masks.
         ged, majority_ged: mean generalised energy distance to the raters, of the masks and of the raters' majority.
     """

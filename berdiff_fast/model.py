@@ -45,7 +45,7 @@ class BerDiff(nn.Module):
         schedule: a ``NoiseSchedule`` or its name.
         prediction: "epsilon": the logits say P(y_t xor y_0 = 1), the paper's calibration; "y_0": P(y_0 = 1).
         preprocessing: from raw intensities to ``img``; None if only the user knows.
-        spacing: of the timesteps that ``sample`` visits unless told otherwise; see ``NoiseSchedule.subsequence``.
+        spacing: which timesteps ``sample`` visits unless told otherwise; see ``NoiseSchedule.subsequence``.
         rescale_timesteps: give the network t * 1000 / T, as the published scripts may.
         mask_channels, img_channels, spatial_dims: K, C and 2 or 3; read off the network where it has these attributes,
             else 1, unchecked and 2.

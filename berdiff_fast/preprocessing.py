@@ -19,8 +19,8 @@ class Preprocessing:
             becomes its lower end). "window": intensities are clipped to ``window`` first.
         window: (low, high) in raw units, Hounsfield units for CT; for "window" only.
         output_range: (low, high) of the result.
-        size: (H, W) of the images trained on, in pixels; None where any will do.
-        pixel_spacing: (row, column) of these pixels in mm; None where any will do. Calling this neither cuts nor
+        size: (H, W) of the images trained on, in pixels; None: any size is accepted.
+        pixel_spacing: (row, column) of these pixels in mm; None: any spacing is accepted. Calling this neither cuts nor
             resamples: ``sample_volume`` does, by these two.
 
     Raises:

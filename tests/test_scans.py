@@ -433,7 +433,7 @@ def test_nothing_of_others_is_written_over(tmp_path, model_path, capsys):
     (tmp_path / "mean.npy").rename(tmp_path / "in.npy")
     arguments[0] = tmp_path / "in.npy"
     assert command(*arguments) == 1
-    assert "holds mask_000.npy, which is of no results" in capsys.readouterr().err
+    assert "holds mask_000.npy, which `sample` did not write" in capsys.readouterr().err
     raters = ["--raters", tmp_path / "mask_000.npy", "--overwrite"]
     np.save(tmp_path / "mask_000.npy", array > 99)
     assert command(*arguments, *raters) == 1

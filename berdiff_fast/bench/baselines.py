@@ -98,7 +98,7 @@ def one_after_another(
         img: (1, C, H, W).
         n: masks.
         timesteps: ascending.
-        schedule: of the noise.
+        schedule: the noise schedule.
         predicts_y0: what the logits are of.
         draw: the random draws.
 
@@ -167,7 +167,7 @@ def checkout(folder: str, state_dict: dict[str, torch.Tensor], steps: int) -> tu
     Args:
         folder: the checkout.
         state_dict: weights of ``UNet(**PUBLISHED)``.
-        steps: of the sampler, a divisor of 1000.
+        steps: sampling steps, a divisor of 1000.
 
     Raises:
         FileNotFoundError: it is not a checkout.

@@ -27,7 +27,7 @@ def registry(device: str, *, quick: bool, compile: bool = True, published: str |
         published: a checkout of the published code, to be timed too.
 
     Raises:
-        FileNotFoundError: ``published`` is none.
+        FileNotFoundError: ``published`` is not a checkout of the published code.
     """
     if published is not None:
         baselines.checkout_codes(published)

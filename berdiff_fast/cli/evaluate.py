@@ -31,8 +31,8 @@ class Evaluate(Command):
         steps: sampling steps
         method: sampler
         leave_one_out: the leave-one-out shift of the logits
-        spacing: of timesteps; none: the model's own
-        seed: of masks and choice of slices
+        spacing: which timesteps are visited; none: as the model says
+        seed: fixes the masks and the choice of slices
         batch: slices at a time
         table: format of the table
         save_masks: keep all masks in masks.h5

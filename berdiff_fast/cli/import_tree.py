@@ -38,7 +38,7 @@ class Import(Command):
         output: the folder to write
         layout: auto, slices, cimd, berdiff or plain
         split: train/val/test in per cent; none: the tree's own splits, else 70/10/20
-        seed: of the split
+        seed: fixes the split
         split_file: the splits.json of another import, instead
         size: in pixels; none: that of the first slice
         resize: resize slices to --size
@@ -46,7 +46,7 @@ class Import(Command):
         rater_count: masks per slice; none: as many as are found
         missing_mask: error or empty
         on_error: stop, or skip slices with a bad file
-        threshold: of masks; none: 0.5 for JPEG, else no threshold
+        threshold: share of a mask's range above which a pixel is inside; none: 0.5 for JPEG, else no threshold
         window: what becomes 0 and 255; none: each slice's range
         patient_pattern: finds the patient in a plain tree's names; none: up to a '_'
         overwrite: replace an earlier import

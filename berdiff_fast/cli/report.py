@@ -19,7 +19,7 @@ class Report(Command):
     example: berdiff-fast report masks/ --raters reader1.nii.gz reader2.nii.gz
 
     Args:
-        folder: of results
+        folder: what `sample` wrote
         input: the scan, if it is no longer where it was
         raters: masks to compare with (see sample)
         anonymize: name no file, in a report to be passed on

@@ -39,18 +39,18 @@ class Sample(Command):
         model: a bundled model or a file
         n: masks
         steps: sampling steps
-        seed: seed of the masks
+        seed: fixes the masks
         method: sampler
-        spacing: of timesteps; none: the model's own
-        plane: of the slices
+        spacing: which timesteps are visited; none: as the model says
+        plane: the way the volume is cut into slices
         slices: only from FIRST to before END, counted from 0
         center: pixel in the middle of a cut
         center_mm: the same by its place in the patient, in mm to the left, back and head (LPS, as DICOM has it; of a
             point in RAS, as NIfTI has it, give -X -Y Z)
         roi: rows and columns to keep to
-        overlap: of tiles, as a fraction
-        modes: of a model with a mode prior: only masks of these size classes, or: non-empty
-        series: of a DICOM folder that holds several
+        overlap: how far tiles overlap, as a share of their size
+        modes: draw masks of these size classes only, or: non-empty (a model with a mode prior)
+        series: the series to read, where a DICOM folder holds several
         raters: masks to compare with, on the same grid, DICOM SEG or RTSTRUCT (FILE#NAME: one of several structures)
         report: also write report.html, to look at
         anonymize: name no file in report.html and summary.json

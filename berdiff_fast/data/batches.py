@@ -72,7 +72,7 @@ class Batches(Dataset):
 
     Args:
         examples: what an example is.
-        device: of the batches.
+        device: where the batches are made.
         resident: keep all slices on the device; else the slices of a batch are read for it.
     """
 

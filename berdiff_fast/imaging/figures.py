@@ -225,7 +225,7 @@ class StepRecorder(nn.Module):
         model: a ``BerDiff``, or any callable ``model(y_t, t, img) -> logits``. It is run as it is, not prepared.
 
     Attributes:
-        timesteps: of each call, in order, as ints.
+        timesteps: the timestep of each call, in order, as ints.
         states: y_t of each call, (N, K, H, W) of 0 and 1 on the CPU. With more masks than fit into one call of the
             network, there are several calls for a timestep.
     """

@@ -21,11 +21,12 @@ class Summary:
 
     Attributes:
         mean: the share of masks that mark a pixel, float32 (B, K, *spatial).
-        entropy: of a pixel, in bits: H(mean), 1 where half of the masks mark it; float32 (B, K, *spatial).
+        entropy: how much masks disagree about a pixel, in bits: H(mean), 1 where half of the masks mark it; float32
+            (B, K, *spatial).
         majority: what more than half of the masks mark, bool (B, K, *spatial).
         quantiles: for each level q the pixels that a share of at least q marks, bool (B, K, *spatial): Vorob'ev's
             quantiles of a random set. A small level gives the largest one.
-        sizes: of each mask, float64 (B, n, K), in ``unit``.
+        sizes: the size of each mask, float64 (B, n, K), in ``unit``.
         unit: "mm2" or "mm3" with a spacing, else "pixels".
         existence: the probability that a reader marks something, float64 (B,): what the prior says, if there is one,
             else the share of masks in which anything is marked.

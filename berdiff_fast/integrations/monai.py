@@ -185,11 +185,12 @@ def to_hdf5(
     Args:
         dataset: with a length, and items that are dictionaries, as MONAI's ``Dataset`` and ``CacheDataset``.
         path: the file.
-        image_key: of a (1, H, W) slice, tensor or array. uint8 stays as it is, all else is scaled to 0..255.
-        mask_keys: of the raters' masks, (1, H, W) each, or (R, H, W) for R raters under one key; of 0 and one other
-            value, 1 or 255.
-        patient_key: of the patient: an int, which becomes its ``patient_id``, or a name, which gives it the first 31
-            bits of its SHA-256: the same in every file, since the trainer refuses files that share patients.
+        image_key: the key of the slice (1, H, W), a tensor or an array. uint8 stays as it is, all else is scaled to
+            0..255.
+        mask_keys: the keys of the raters' masks, (1, H, W) each, or (R, H, W) for R raters under one key; of 0 and one
+            other value, 1 or 255.
+        patient_key: the key of the patient: an int, which becomes its ``patient_id``, or a name, which gives it the first
+            31 bits of its SHA-256: the same in every file, since the trainer refuses files that share patients.
         window: (low, high), which become 0 and 255; by default each slice's own minimum and maximum do. For images that
             a transform brought to [0, 1], (0, 1).
         overwrite: replace a file that is there.
@@ -325,7 +326,7 @@ def as_dicts(dataset: RaterDataset, transform: Callable[[Any], Any] | None = Non
     """Our slices as MONAI's dictionaries.
 
     Args:
-        dataset: of which the items are.
+        dataset: the data set whose items are written.
         transform: applied to every dictionary, as in ``monai.data.Dataset``.
 
     Returns:

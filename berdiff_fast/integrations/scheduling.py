@@ -144,7 +144,7 @@ class BernoulliSteps:
         Args:
             shape: (N, K, *spatial).
             generator, seeds: as in ``step``.
-            dtype: of the masks.
+            dtype: the type of the masks.
             device: where they shall be; that of the seeds, else the CPU, by default.
 
         Returns:

@@ -15,7 +15,7 @@ def settings(headers: Sequence[Any], frames: Sequence[int], *, inverted: bool = 
     """Return ``instance_numbers``, ``window`` and ``hounsfield`` of a ``Volume``.
 
     Args:
-        headers: of the file of each slice, in the order of slices.
+        headers: the header of each slice's file, in the order of slices.
         frames: which frame of that file (from 0) each slice is.
         inverted: stored values were inverted, and a window of them is none of the array's.
     """

@@ -22,8 +22,9 @@ class Frame:
         file, number, of: the file, which of its frames (from 0), and of how many.
         rows, columns: its size.
         spacing: (between rows, between columns) in mm.
-        thickness, between: of slices, and from slice to slice, in mm, as the header says.
-        position: of the first pixel, (3,) in mm; orientation: of a row and a column, (6,).
+        thickness, between: how thick a slice is, and how far it is to the next, in mm, as the header says.
+        position: where the first pixel lies, (3,) in mm.
+        orientation: the directions of a row and a column, (6,).
     """
 
     file: Path

@@ -30,7 +30,7 @@ def read(paths: Sequence[str | os.PathLike[str] | Volume], scan: Volume) -> list
     """Read raters' masks onto a scan's grid; what was read already stays.
 
     Args:
-        paths: of any format that a scan may have, of a DICOM segmentation, or of an RTSTRUCT. ``FILE#NAME`` takes the
+        paths: files of any format that a scan may have, DICOM segmentations, or RTSTRUCTs. ``FILE#NAME`` takes the
             segment or the region of a name (or number) where a file holds several.
         scan: whose grid they are to have.
 
@@ -291,7 +291,7 @@ def even_odd(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, ...]) -> n
     So polygons that share an edge share no pixel and leave none out.
 
     Args:
-        rows, columns: of the corners, in pixels; pixel (i, j) has its middle at (i, j).
+        rows, columns: where the corners lie, in pixels; pixel (i, j) has its middle at (i, j).
         shape: (H, W).
     """
     crossings = np.zeros((shape[0], shape[1] + 1), np.int64)

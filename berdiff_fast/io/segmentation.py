@@ -36,7 +36,7 @@ def write_segmentation(
         masks: a segment for each name: bool (S, H, W), or with ``fractional`` probabilities in [0, 1], kept in steps of
             1 / 255; or its slices, made one by one. Slices where a segment is empty are left out.
         like: a volume that was read from DICOM.
-        description: of the series.
+        description: what the series is called.
 
     Raises:
         ValueError: ``like`` is not from DICOM, or nothing is marked at all: the standard has no empty segmentation; or

@@ -23,7 +23,7 @@ class Slices:
 
     Attributes:
         shape: (S, H, W).
-        dtype: of the voxels.
+        dtype: the type of the voxels.
         make: slice s, (H, W).
     """
 

@@ -23,8 +23,8 @@ class SliceStack:
         view: how they are shown.
         z: mm along the normal of the slices, of each; None where the volume does not say. The normal points to the
             patient's left, back or head, whichever is nearest: z of an axial slice grows towards the head.
-        instances: of a DICOM series the InstanceNumber of each (None where it has none); else empty.
-        frames: of a DICOM file of many frames the number of each, from 1 as in DICOM; else empty.
+        instances: the InstanceNumber of each slice of a DICOM series (None where it has none); else empty.
+        frames: the number of each frame of a DICOM file of many, from 1 as in DICOM; else empty.
         spacing: mm from slice to slice, row to row and column to column, as stored; None where it is not known.
     """
 

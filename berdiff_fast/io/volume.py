@@ -32,7 +32,7 @@ class Volume:
         format: a key of ``FORMATS``.
         path: where it came from.
         instances: the DICOM files of the slices, in the order of ``array``; else empty.
-        frames: of a DICOM file of many frames, which of them (from 0) each slice of ``array`` is; else empty.
+        frames: which frame (from 0) of a DICOM file of many each slice of ``array`` is; else empty.
         placed: whether the file says where the voxels lie; None to conclude it from spacing, origin and direction.
         padding: (low, high) pairs: values from low to high mean "outside the scan", and are not tissue.
         header: what the format says of its grid in words of its own, copied to what is written in that format.
@@ -165,7 +165,7 @@ class Format:
 
     Attributes:
         name: a key of ``FORMATS``.
-        endings: of names, in lower case.
+        endings: how names of such files end, in lower case.
         read: judges a file and reads it; takes the path and a series, which is DICOM's alone.
         write: writes voxels (S, H, W), an array or slice by slice, on the grid of a volume; None if it is not written.
     """

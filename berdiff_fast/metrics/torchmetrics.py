@@ -74,7 +74,7 @@ class Evaluation(_MeansOverImages):
     Args:
         names: which, of ``metrics.METRICS``; all by default. "ece" is the mean of the images' errors here;
             ``ExpectedCalibrationError`` is that of all their pixels.
-        kwargs: of ``torchmetrics.Metric``.
+        kwargs: passed on to ``torchmetrics.Metric``.
 
     Attributes:
         higher_is_better: True or False where that holds for all the names, None where they differ.
@@ -102,7 +102,7 @@ class GEDDecomposition(_MeansOverImages):
     """Means over all images of what ``metrics.decompose_ged`` tells: chance, existence and shape.
 
     Args:
-        kwargs: of ``torchmetrics.Metric``.
+        kwargs: passed on to ``torchmetrics.Metric``.
     """
 
     higher_is_better = False
@@ -186,7 +186,7 @@ class ExistenceError(Metric):
     """The root mean square over images of P(empty) of the samples against the raters' share.
 
     Args:
-        kwargs: of ``torchmetrics.Metric``.
+        kwargs: passed on to ``torchmetrics.Metric``.
     """
 
     full_state_update = False
@@ -214,7 +214,7 @@ class ExpectedCalibrationError(Metric):
 
     Args:
         bins: at least 1.
-        kwargs: of ``torchmetrics.Metric``.
+        kwargs: passed on to ``torchmetrics.Metric``.
 
     Raises:
         ValueError, TypeError: naming the argument.

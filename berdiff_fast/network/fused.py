@@ -63,7 +63,7 @@ class FusedUNet:
     Args:
         network: the trained network; dropout is left out.
         timesteps: (S,) as the network is given them.
-        dtype: of activations and weights; sums and tables are float32.
+        dtype: the type of activations and weights; sums and tables are float32.
         layers: the kernels; ``backends.triton.layers.TritonLayers`` by default.
     """
 

@@ -46,7 +46,7 @@ def initial_noise(
         samples_per_image: n, masks per image.
         rows: how many masks to draw; all that remain of B x n by default.
         first_row, first_sample: see ``berdiff_fast.ops``.
-        dtype: of the masks.
+        dtype: the type of the masks.
         backend: "auto", "reference", "cpp", "cuda" or "triton".
 
     Returns:

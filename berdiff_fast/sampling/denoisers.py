@@ -63,7 +63,7 @@ class ModelDenoiser:
 
     Args:
         model: see ``Model``.
-        timesteps: of the plan.
+        timesteps: those of the plan.
         device: where masks are.
         graphs: where CUDA graphs of it are kept; None: it is not to be captured.
     """

@@ -127,7 +127,7 @@ class ClassDenoiser:
         denoiser: one that is told classes.
         classes: (rows,) int64, of each mask.
         image_of_row: (rows,) int64, which of the images it is of.
-        edges: of the classes.
+        edges: areas at which size classes begin.
     """
 
     def __init__(

@@ -135,7 +135,9 @@ def _refuse(root: Path, volume: Volume, n: int, raters: Sequence[Volume], overwr
         if stat.S_ISDIR(os.lstat(root / name).st_mode):
             raise FileExistsError(f"output: {root / name} is a folder, and a file is to have its name")
     if there and not overwrite and not (work / "done").exists():
-        raise FileExistsError(f"output: {root} holds {there[0]}, which is of no results; choose another folder")
+        raise FileExistsError(
+            f"output: {root} holds {there[0]}, which `sample` did not write; choose another folder, or overwrite it"
+        )
 
 
 def names(volume: Volume, n: int) -> list[str]:

@@ -30,7 +30,7 @@ class Report:
         problems: everything that was left out, and why; empty if ``on_error`` is "stop".
         ignored: files and folders that the layout has no use for.
         notes: what a user should know about this import.
-        parameters: of the call.
+        parameters: the arguments of the call.
         berdiff_fast, format: versions of the package and of the HDF5 layout.
     """
 

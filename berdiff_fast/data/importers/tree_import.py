@@ -67,7 +67,7 @@ def import_tree(
         layout: "slices", "cimd", "berdiff", "plain", or "auto" to tell by the names of files and folders.
         split: train, val and test in per cent of the patients, such as (70, 10, 20) or "70/10/20". By default the
             tree's own splits if it has any, else 70/10/20.
-        seed: of the split, at least 0; see ``split_of``.
+        seed: fixes the split, at least 0; see ``split_of``.
         split_file: a splits.json to use instead: lists of patients under "train", "val" and "test".
         size: (H, W) in pixels that every slice has to have; by default that of the first.
         fit: what becomes of slices of another size: "exact" makes them errors, "resize" resizes them (images bilinear

@@ -46,7 +46,7 @@ class Writer:
         count: the most slices.
         size: (H, W) in pixels.
         raters: R.
-        attributes: of the file.
+        attributes: what the file says of itself.
 
     Every method raises the OSError of the disk. Call ``close`` whatever happens.
     """
