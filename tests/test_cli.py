@@ -180,7 +180,7 @@ def test_a_file_need_not_make_sense_without_the_command_line(tmp_path):
 def test_help_shows_what_a_file_says(capsys):
     with pytest.raises(SystemExit):
         parsed("train", "--config", "lidc", "--help")
-    assert "(default: 256)" in capsys.readouterr().out
+    assert "(default: 9600)" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- wrong usage

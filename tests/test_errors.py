@@ -85,7 +85,7 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "img empty": (sample(IMG[..., :0]), V, r"img must not be empty, got shape \(2, 1, 8, 0\)"),
     "img channels": (sample(IMG.expand(2, 3, 8, 8)), V, r"img must have 1 channels .* got shape \(2, 3, 8, 8\)"),
     "img of a size that cannot be halved": (
-        call(bf.sample, bf.load("lidc"), torch.zeros(1, 1, 100, 100), n=1, steps=1),
+        call(bf.sample, bf.load("lidc-v1"), torch.zeros(1, 1, 100, 100), n=1, steps=1),
         V,
         "y_t and img must have a height and width divisible by 16, got 100 x 100",
     ),

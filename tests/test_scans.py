@@ -309,7 +309,7 @@ def test_real_slices_through_a_dicom_series(tmp_path, capsys):
         volumes.write(tmp_path / f"rater{k}.nii.gz", raters[:, k], ct)
     theirs = [tmp_path / f"rater{k}.nii.gz" for k in range(4)]
     arguments = ["--n", 3, "--steps", 3, "--seed", 7, "--output", tmp_path / "out", "--report", "--json", "--quiet"]
-    assert command(tmp_path / "ct", *arguments, "--raters", *theirs) == 0
+    assert command(tmp_path / "ct", *arguments, "--center", 64, 64, "--raters", *theirs) == 0
     summary = json.loads(capsys.readouterr().out)
     model = bf.load("lidc")
     expected = torch.stack([bf.sample(model, model.preprocess(image), 3, 3, seed=7)[0, :, 0] for image in images], 1)

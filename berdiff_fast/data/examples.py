@@ -99,8 +99,8 @@ class TrainingExamples(Dataset):
         crop: show only the middle square of this many pixels; 0: all of the image.
         crop_before: the first position that shows all of the image again; none: there is no such position.
         mode_edges: areas at which the size classes of a mode prior begin. An example then has ``mode``, the class of
-            y_0, which is that of a rater who marked something (if any did), and ``mode_target``, the share of all raters
-            in each class.
+            y_0, which is that of a rater who marked something (if any did), and ``mode_target``, the share of all
+            raters in each class.
         mode_window: classes are counted in the middle square of this many pixels; 0: everywhere.
     """
 

@@ -189,8 +189,8 @@ def to_hdf5(
             0..255.
         mask_keys: the keys of the raters' masks, (1, H, W) each, or (R, H, W) for R raters under one key; of 0 and one
             other value, 1 or 255.
-        patient_key: the key of the patient: an int, which becomes its ``patient_id``, or a name, which gives it the first
-            31 bits of its SHA-256: the same in every file, since the trainer refuses files that share patients.
+        patient_key: the key of the patient: an int, which becomes its ``patient_id``, or a name, which gives it the
+            first 31 bits of its SHA-256: the same in every file, since the trainer refuses files that share patients.
         window: (low, high), which become 0 and 255; by default each slice's own minimum and maximum do. For images that
             a transform brought to [0, 1], (0, 1).
         overwrite: replace a file that is there.

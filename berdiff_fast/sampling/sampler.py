@@ -87,8 +87,8 @@ def sample(
         return_probability: also return the probability P(y_0 = 1) of the last step.
         prepare: run a ``UNet`` in its prepared form (``network.inference``), which is faster and equal up to rounding.
             "winograd" has its 3 x 3 convolutions multiply a quarter as often, in float32 on a CPU, and is about one
-            decimal digit less accurate; False runs it as it is, as every other network is run. On a GPU, weights written by way of ``.data`` between
-            calls go unnoticed: write in place, or pass False.
+            decimal digit less accurate; False runs it as it is, as every other network is run. On a GPU, weights
+            written by way of ``.data`` between calls go unnoticed: write in place, or pass False.
         dtype: compute a prepared network in this dtype instead of its own: bfloat16 is fast on GPUs, and changes masks.
         parallel: how many steps of a mask go through the network in one call, guessed ahead and drawn again until they
             no longer change (``parallel_in_time``). The masks are the same, but for what a network's rounding owes to

@@ -15,7 +15,8 @@
 namespace berdiff {
 
 // Mean and variance of the groups, as the factors by which `group_norm_apply` normalises: C scales, then C shifts.
-inline void group_norm_factors(const GroupNormSiluArguments& a, std::int64_t image, const double* sums, float* factors) {
+inline void group_norm_factors(const GroupNormSiluArguments& a, std::int64_t image, const double* sums,
+                               float* factors) {
     const std::int64_t channels = a.channels(), size = channels / a.groups;
     const double pixels = static_cast<double>(a.pixels);
     const auto channel_mean = [&](std::int64_t c) {
