@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from support import ENVIRONMENT
 
 for name in ("accelerate", "highdicom", "nibabel", "pydicom", "SimpleITK", "tifffile", "yaml"):
     pytest.importorskip(name, reason=f"{name} is not installed")
@@ -124,3 +127,17 @@ def test_libtiff_prints_nothing(tmp_path, capfd):
     with pytest.raises(ValueError, match="cannot be read"):
         volumes.read(path)
     assert capfd.readouterr().err == ""
+
+
+def test_loggers_below_a_library_print_nothing():
+    """``PIL.TiffImagePlugin`` has a logger of its own. In a process of its own: here pytest takes what is logged."""
+    program = """
+import logging
+from berdiff_fast.io.quiet import without_chatter
+with without_chatter():
+    logging.getLogger("PIL.TiffImagePlugin").error("not said")
+    logging.getLogger("pydicom").warning("not said")
+logging.getLogger("PIL.TiffImagePlugin").error("said")
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "said\n")

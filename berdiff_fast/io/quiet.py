@@ -37,13 +37,16 @@ def silence() -> Iterator[None]:
 def without_chatter() -> Iterator[None]:
     """Without the warnings of libraries about what they are fed: our own say, in one line, what is odd with a file."""
     loggers = [logging.getLogger(name) for name in ("tifffile", "pydicom", "nibabel", "PIL")]
-    before = [one.disabled for one in loggers]
+    before = [(one.disabled, one.propagate) for one in loggers]
+    nowhere = logging.NullHandler()  # for loggers below them, such as PIL.TiffImagePlugin
     for one in loggers:
-        one.disabled = True
+        one.disabled, one.propagate = True, False
+        one.addHandler(nowhere)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for one, disabled in zip(loggers, before, strict=True):
-            one.disabled = disabled
+        for one, (disabled, propagate) in zip(loggers, before, strict=True):
+            one.disabled, one.propagate = disabled, propagate
+            one.removeHandler(nowhere)
