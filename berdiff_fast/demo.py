@@ -105,7 +105,7 @@ def run(
         images[:, 0].float(),
         masks[:, :, 0],
         raters=raters[:, :, 0],
-        title=f"{n} plausible masks in {steps} steps" + ("" if phantoms or data else f". {lidc.ATTRIBUTION}"),
+        title=f"{n} plausible masks in {steps} steps" + ("" if phantoms or data else f" ({lidc.SHORT})"),
         labels=labels,
     )
     return Result(

@@ -43,7 +43,7 @@ def test_the_demo_shows_them_unless_told_otherwise(tmp_path, capsys, monkeypatch
         assert json.loads(capsys.readouterr().out)
     (real, at_first), (made_up, then) = shown
     assert torch.equal(real, bf.data.lidc.load().images[:1, 0]) and not torch.equal(real, made_up)
-    assert bf.data.lidc.ATTRIBUTION in at_first["title"] and "LIDC" not in then["title"]
+    assert bf.data.lidc.SHORT in at_first["title"] and "LIDC" not in then["title"]
     assert at_first["labels"][0].startswith("LIDC-IDRI-") and then["labels"] == ["Phantom 1"]
 
 

@@ -16,6 +16,8 @@ from importlib import resources
 import numpy as np
 import torch
 
+#: In the title of a picture; ``ATTRIBUTION`` is the whole of it.
+SHORT = "CT: LIDC-IDRI (TCIA), CC BY 3.0"
 #: To be shown beside the slices.
 ATTRIBUTION = "CT: LIDC-IDRI, The Cancer Imaging Archive, doi:10.7937/K9/TCIA.2015.LO9QL9SX, CC BY 3.0"
 
