@@ -103,7 +103,7 @@ def _winograd_output(x, weight, bias, residual, upsample, backend):
         )
     if not (x.is_cpu and weight.is_cpu and bias.is_cpu and (residual is None or residual.is_cpu)):
         check_devices(x, weight=weight, bias=bias, **({} if residual is None else {"residual": residual}))
-    return x.new_empty((images, height, width, outputs)).movedim(-1, 1)
+    return x.new_empty((images, height, width, outputs)).permute(0, 3, 1, 2)
 
 
 def _winograd(x, weight, bias, residual, upsample, backend):
@@ -113,11 +113,11 @@ def _winograd(x, weight, bias, residual, upsample, backend):
     kernels = select.get(backend, "cpu" if x.is_cpu else x.device.type, "winograd")
     if out.numel():
         kernels.winograd(
-            out.movedim(1, -1),
-            x.movedim(1, -1).contiguous(),
+            out.permute(0, 2, 3, 1),
+            x.permute(0, 2, 3, 1).contiguous(),
             weight.contiguous(),
             bias.contiguous(),
-            None if residual is None else residual.movedim(1, -1).contiguous(),
+            None if residual is None else residual.permute(0, 2, 3, 1).contiguous(),
             upsample,
         )
     return out
