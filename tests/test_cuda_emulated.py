@@ -29,6 +29,7 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_the_tests_of_a_gpu(module, tmp_path):
     """Those of equal bits, overlap and loss, as they are; one process for each order."""
     files = [str(TESTS / f"test_{name}.py") for name in ("equal_bits", "loss", "overlap")]
@@ -45,6 +46,7 @@ def test_offsets_sizes_types_and_small_grids(module, tmp_path):
     assert "skipped" not in finish(start_pytest(module, [str(TESTS / "cuda_checks.py")], tmp_path))
 
 
+@pytest.mark.slow
 def test_under_sanitizers(tmp_path):
     """The same, with GCC's AddressSanitizer and UndefinedBehaviorSanitizer looking."""
     compiler = tool("c++")

@@ -80,7 +80,7 @@ def compare_all_steps(variants: list[Variant], schedule: str, steps: int) -> Non
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "cosine2"])
-@pytest.mark.parametrize("steps", [10, 50, 1000])
+@pytest.mark.parametrize("steps", [10, 50, pytest.param(1000, marks=pytest.mark.slow)])
 def test_every_bfloat16_logit_at_every_step(schedule, steps):
     compare_all_steps(COMPILED, schedule, steps)
 
@@ -94,7 +94,7 @@ def test_every_bfloat16_logit_at_every_step_interpreted(schedule):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "cosine2"])
-@pytest.mark.parametrize("steps", [10, 50, 1000])
+@pytest.mark.parametrize("steps", [10, 50, pytest.param(1000, marks=pytest.mark.slow)])
 def test_posterior_of_every_bfloat16_logit(schedule, steps):
     z, y = bfloat16_logits(), random_bits((1, 65536), 2)
     noise = NoiseSchedule(schedule)

@@ -77,6 +77,7 @@ def test_parquet_and_a_choice_of_slices(data, model_file, tmp_path, capsys):
     assert [row["index"] for row in table] == summary["indices"] and "majority_ged" in table[0]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same(data, model_file, tmp_path):
     def run(processes: int) -> dict:
         output = tmp_path / str(processes)

@@ -61,6 +61,7 @@ def exact_logits(network: UNet, y, img, t: float):
 
 @interpreted
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.slow
 def test_float32_logits_are_within_1e_6_of_the_largest_of_float64(name):
     network = randomised(**NETWORKS[name])
     # Sides that are no multiples of a tile, and two images of two masks.
@@ -73,6 +74,7 @@ def test_float32_logits_are_within_1e_6_of_the_largest_of_float64(name):
 
 
 @interpreted
+@pytest.mark.slow
 def test_several_steps_at_once():
     network = randomised(**NETWORKS["attention, added timestep"])
     y, img = inputs(network, (8, 8), 2)
@@ -86,6 +88,7 @@ def test_several_steps_at_once():
 
 
 @interpreted
+@pytest.mark.slow
 def test_masks_are_those_of_the_network_as_it_is(monkeypatch):
     network = randomised(**NETWORKS["attention, added timestep"])
     model = BerDiff(network, prediction="epsilon").eval()

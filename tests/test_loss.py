@@ -356,6 +356,7 @@ def test_opcheck(backend):
         torch.library.opcheck(torch.ops.berdiff_fast.diffusion_loss.default, arguments)
 
 
+@pytest.mark.slow
 def test_a_compiled_training_step():
     torch.manual_seed(0)
     network = torch.nn.Conv2d(2, 1, 3, padding=1)

@@ -82,7 +82,14 @@ assert cli.main(["sample", path, "--model", model_path, "--output", output, "--s
 """
 
 
-@pytest.mark.parametrize("kind", ["scan.nii.gz", "scan.nii", "scan.mha", "scan.nrrd", "scan.npy", "series"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "scan.npy",
+        "scan.nii.gz",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("scan.nii", "scan.mha", "scan.nrrd", "series")),
+    ],
+)
 def test_a_cut_takes_the_scan_and_300_mb(tmp_path, model_path, large, kind):
     """The bound is on the array that is read, in the type of its units, plus 300 MB."""
     if kind != "scan.npy":

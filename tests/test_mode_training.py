@@ -198,6 +198,7 @@ def test_the_denoiser_learns_nothing_from_empty_masks(tmp_path):
     assert model.prior(torch.zeros(1, 1, 16, 16))[0, 0] > 0.5
 
 
+@pytest.mark.slow
 def test_it_learns_whether_there_is_anything(data, tmp_path):
     """Dark discs are marked by one rater of four, bright ones by three: a constant has an RMSE of 0.25."""
     changes = dict(batch_size=8, learning_rate=2e-3, prior_learning_rate=5e-3, warmup=10, prior_jitter=0.05)
@@ -215,6 +216,7 @@ def test_it_learns_whether_there_is_anything(data, tmp_path):
     assert (p - (~raters.flatten(2).any(2)).double().mean(1)).abs().max() < 0.2
 
 
+@pytest.mark.slow
 def test_the_best_prior_is_kept(data, tmp_path):
     """A rate at which it gets worse and worse; also where the run was stopped after the best."""
     wild = dict(

@@ -57,6 +57,7 @@ def saved(tmp_path_factory):
 # ---------------------------------------------------------------------- models
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_in_a_model_is_noticed(saved, tmp_path):
     """Bits of the header and its length, and of every tensor: a choice of them, since all take a quarter of an hour."""
     data, path = saved.read_bytes(), tmp_path / "m.safetensors"

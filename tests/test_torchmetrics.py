@@ -100,6 +100,7 @@ def _process(rank: int, port: int) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+@pytest.mark.slow
 def test_in_two_processes_with_unequal_shares():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -221,6 +221,7 @@ def logged_step(output: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
+@pytest.mark.slow
 def test_killed_in_a_later_step(data, tmp_path, uninterrupted):
     words = arguments(resumable(data, tmp_path))
     process = start(words)
@@ -251,6 +252,7 @@ cli.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written(data, tmp_path, uninterrupted):
     words = arguments(resumable(data, tmp_path))
     script = tmp_path / "kill.py"
@@ -267,6 +269,7 @@ def test_killed_while_a_checkpoint_is_written(data, tmp_path, uninterrupted):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_a_signal_saves_and_exits(data, tmp_path, uninterrupted, number):
     words = arguments(resumable(data, tmp_path))
     process = start(words)
@@ -336,6 +339,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(data, tmp_path):
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [kept.name] and kept.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(data, tmp_path):
     def run(processes: int, on_device: str = "auto") -> Path:
         output = tmp_path / f"{processes}-{on_device}"
