@@ -5,7 +5,7 @@ VENV ?= .venv
 CONSTRAINTS ?= -c constraints-cpu.txt
 
 # What `make bench` compares with, as ratios: a committed run. On another kind of processor: make bench BASELINE=
-BASELINE ?= benchmarks/results/cpu-avx2-2026-11-23.json
+BASELINE ?= benchmarks/results/cpu-avx512-2026-11-26.json
 
 BIN := $(VENV)/bin
 

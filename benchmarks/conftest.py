@@ -35,6 +35,8 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     # Statistics are enough; the rounds one by one would be most of the file.
     for case in output_json["benchmarks"]:
         case["stats"].pop("data", None)
+        for name in ("param", "params"):  # whole cases, as text
+            case.pop(name, None)
     output_json["machine_info"].pop("node", None)
 
 

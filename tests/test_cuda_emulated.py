@@ -42,6 +42,7 @@ def test_the_tests_of_a_gpu(module, tmp_path):
         assert "skipped" not in finish(process)
 
 
+@pytest.mark.slow
 def test_offsets_sizes_types_and_small_grids(module, tmp_path):
     assert "skipped" not in finish(start_pytest(module, [str(TESTS / "cuda_checks.py")], tmp_path))
 

@@ -139,6 +139,7 @@ def expected_of_many(count: int, row: int) -> torch.Tensor:
 
 
 @every_variant
+@pytest.mark.slow
 def test_many_float32_logits(variant):
     slow = variant.is_interpreted or variant.is_emulated
     z = ten_million(1_000_000 if slow else 10_000_000)

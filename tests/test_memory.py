@@ -85,9 +85,8 @@ assert cli.main(["sample", path, "--model", model_path, "--output", output, "--s
 @pytest.mark.parametrize(
     "kind",
     [
-        "scan.npy",
         "scan.nii.gz",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("scan.nii", "scan.mha", "scan.nrrd", "series")),
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("scan.npy", "scan.nii", "scan.mha", "scan.nrrd", "series")),
     ],
 )
 def test_a_cut_takes_the_scan_and_300_mb(tmp_path, model_path, large, kind):
