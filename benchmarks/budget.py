@@ -365,7 +365,7 @@ def networks() -> dict[str, UNet]:
     """The networks of the budget, on meta tensors."""
     with torch.device("meta"):
         published = UNet(**PUBLISHED).eval()
-    return {"published": published, "lidc": load("lidc-v1").network.to("meta")}
+    return {"published": published, "lidc-v1": load("lidc-v1").network.to("meta")}
 
 
 def step(network: UNet, make: Callable[..., Any]) -> list[Work]:

@@ -141,7 +141,7 @@ def ends_and_attention(report: Report) -> None:
 
 def steps(report: Report) -> None:
     """A step of each form, at n = 16 and 1."""
-    for name, model in (("published U-Net", calls._published_unet()), ("lidc", bf.load("lidc"))):
+    for name, model in (("published U-Net", calls._published_unet()), ("lidc-v1", bf.load("lidc-v1"))):
         network, img = model.network.cuda().eval(), image()
         for n in (MASKS, 1):
             y = torch.rand(n, 1, SIDE, SIDE, device="cuda") < 0.5

@@ -6,8 +6,8 @@
     python benchmarks/parallel_in_time.py --device cuda --output parallel_in_time-gpu.json
 
 On a CPU it counts calls and evaluations (a mask at a step each), and pixels that differ from the sequential sampler's,
-on `lidc` and on a network of the published size with random weights, at 32 x 32. Rows that the output has already are
-left out, so it may be stopped and started. On a GPU it times calls of n = 1, in bfloat16, in under half a minute.
+on `lidc-v1` and on a network of the published size with random weights, at 32 x 32. Rows that the output has already
+are left out, so it may be stopped and started. On a GPU it times calls of n = 1, in bfloat16, in under half a minute.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from berdiff_fast.network import inference
 from berdiff_fast.sampling import parallel_in_time
 from berdiff_fast.training import evaluate
 
-#: Steps, masks and windows to count, in this order, and on how many slices of `lidc`.
+#: Steps, masks and windows to count, in this order, and on how many slices of `lidc-v1`.
 COUNTED = [(steps, n, window, 4) for steps in (10, 20, 50) for n in (1, 4) for window in (8, 16)]
 COUNTED += [(250, 1, 8, 2), (250, 1, 16, 2), (250, 4, 8, 1), (250, 4, 16, 1)]
 TIMED = (10, 50, 250)
@@ -106,15 +106,15 @@ def count(data: Path | None, output: Path) -> None:
     image = {1: bf.Preprocessing()(phantom.generate(1, 32).images)}
     slices: dict[int, torch.Tensor] = {}
     if data is None or not data.exists():
-        print(f"lidc: not counted, there are no slices at {data}")
+        print(f"lidc-v1: not counted, there are no slices at {data}")
     else:
-        lidc, dataset = bf.load("lidc"), RaterDataset(data)
+        lidc, dataset = bf.load("lidc-v1"), RaterDataset(data)
         slices = {i: lidc.preprocess(dataset.batch([i])[0]) for i in evaluate.spread(len(dataset), 4)}
 
     def lidc_rows(which: Iterable[tuple[int, int, int, int]], how: str = "") -> None:
         for steps, n, window, many in which if slices else ():
             some = dict(itertools.islice(slices.items(), many))
-            add(f"lidc{how}, steps={steps}, n={n}, window={window}", lambda: row(lidc, some, steps, n, window))  # noqa: B023
+            add(f"lidc-v1{how}, steps={steps}, n={n}, window={window}", lambda: row(lidc, some, steps, n, window))  # noqa: B023
 
     def published_rows(which: Iterable[tuple[int, int, int, int]]) -> None:
         for steps, n, window, _ in which:
@@ -153,7 +153,7 @@ def measure(output: Path, seconds: float) -> None:
     """Calls one after the other and in parallel, and the network alone at 1, 8 and 16 masks, at 128 x 128."""
     end = time.perf_counter() + seconds
     found: dict[str, Any] = {"machine": collect(), "network": {}, "calls": {}}
-    for name, model in (("published U-Net, random weights", _published_unet()), ("lidc", bf.load("lidc"))):
+    for name, model in (("published U-Net, random weights", _published_unet()), ("lidc-v1", bf.load("lidc-v1"))):
         model.to("cuda")
         img = bf.Preprocessing()(phantom.generate(1, 128, field=128).images).cuda()
         prepared = inference.prepare(model.network, [900.0] * 16, dtype=torch.bfloat16)

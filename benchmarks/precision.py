@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="slices with raters; not with --published")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--model", default="lidc")
+    parser.add_argument("--model", default="lidc-v1")
     parser.add_argument("--published", action="store_true")
     parser.add_argument("--slices", type=int, default=24)
     parser.add_argument("--n", type=int, default=16)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images per second of the trainer, and where the time of a step goes.
 
-    python benchmarks/training_speed.py --device cpu               # the loop, with the network of lidc.yaml
+    python benchmarks/training_speed.py --device cpu               # the loop, with the network of lidc_v1.yaml
     python benchmarks/training_speed.py --device cuda --batch-sizes 64 256 1024 --precisions bf16
     python benchmarks/training_speed.py --device cpu --parts       # a step in parts, as they were and as they are
     python benchmarks/training_speed.py --published                # the published U-Net, and by the published recipe
@@ -119,7 +119,7 @@ def flops_per_image(network: dict, size: int) -> int:
     return counter.get_total_flops()
 
 
-# ---------------------------------------------------------------------- the loop of `lidc`
+# ---------------------------------------------------------------------- the loop of `lidc-v1`
 
 
 def slices_file(path: Path, count: int = 1024) -> Path:

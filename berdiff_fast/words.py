@@ -46,7 +46,7 @@ def line(error: BaseException | str) -> str:
 
 
 @contextlib.contextmanager
-def silence(name: str, silent: bool = True) -> Iterator[None]:
+def muted(name: str, silent: bool = True) -> Iterator[None]:
     """Drop the messages of a logger within a ``with`` block."""
     logger = logging.getLogger(name)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import pytest
 import safetensors.torch
 import scipy.stats
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from berdiff_fast import NoiseSchedule
@@ -206,6 +208,22 @@ def threads(count: int) -> Iterator[None]:
 def full_table(schedule: NoiseSchedule, method: str, **options: Any) -> torch.Tensor:
     """The step table over all timesteps: row t steps from t to t - 1."""
     return schedule.step_table(range(schedule.timesteps), method, **options)
+
+
+#: The smallest network that has every kind of layer.
+SMALL = dict(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,))
+#: The arguments the published LIDC model was trained with; they are not the defaults of its scripts.
+LIDC = dict(image_size=128, attention_resolutions="16", use_scale_shift_norm=False)
+
+
+def published_unet() -> tuple[dict, dict, dict]:
+    """A small network of the published code: its arguments, its weights, and all golden tensors beside them."""
+    path = golden_path("unet_concat.safetensors")
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    tensors = safetensors.torch.load_file(path)
+    weights = {k.removeprefix("state_dict."): v for k, v in tensors.items() if k.startswith("state_dict.")}
+    return config, weights, tensors
 
 
 def randomised(network: nn.Module) -> nn.Module:

@@ -197,7 +197,7 @@ def test_the_prepared_call_is_one_graph(exact_float32, dtype):
 
 
 def test_nothing_waits_in_the_captured_call():
-    model = load("lidc").cuda()
+    model = load("lidc-v1").cuda()
     img = torch.randn(1, 1, 128, 128, device="cuda")
     for _ in range(2):
         sample(model, img, 16, 10, seed=0)
@@ -277,7 +277,7 @@ def test_a_module_that_waits_is_not_captured(exact_float32, caplog):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_images_that_are_not_finite_on_the_gpu(value):
-    model, img = load("lidc").cuda(), torch.zeros(1, 1, 128, 128, device="cuda")
+    model, img = load("lidc-v1").cuda(), torch.zeros(1, 1, 128, 128, device="cuda")
     img[0, 0, 5, 5] = value
     for _ in range(2):
         with pytest.raises(ValueError, match="img must be finite in torch.float32"):
@@ -311,7 +311,7 @@ def test_size_classes_on_the_gpu(backend):
 
 
 def test_chunks_of_a_call_are_replays_of_one_graph():
-    model, img = load("lidc").cuda().bfloat16(), torch.randn(1, 1, 128, 128, device="cuda").bfloat16()
+    model, img = load("lidc-v1").cuda().bfloat16(), torch.randn(1, 1, 128, 128, device="cuda").bfloat16()
     masks = sample(model, img, 64, 5, seed=3, max_batch=16)
     ((_, _, prepared),) = inference._prepared[model.network].values()
     assert [type(g) for g in prepared.graphs.values()] == [Graph]
@@ -323,7 +323,7 @@ def test_chunks_of_a_call_are_replays_of_one_graph():
 
 def test_a_graph_survives_what_others_do_with_the_memory():
     """Workspaces that ``empty_cache`` unmaps must not be the graph's."""
-    model, img = load("lidc").cuda(), torch.randn(1, 1, 128, 128, device="cuda")
+    model, img = load("lidc-v1").cuda(), torch.randn(1, 1, 128, 128, device="cuda")
     expected = [sample(model, img, 4, 5, seed=3) for _ in range(3)][-1]
     for _ in range(3):
         torch.cuda.empty_cache()
@@ -352,7 +352,7 @@ def test_a_capture_that_failed_leaves_the_allocator_in_order(exact_float32, capl
 
 
 def test_threads_prepare_once_on_streams_of_their_own():
-    model, img = load("lidc").cuda(), torch.randn(1, 1, 128, 128, device="cuda")
+    model, img = load("lidc-v1").cuda(), torch.randn(1, 1, 128, 128, device="cuda")
 
     def draw(_):
         with torch.cuda.stream(torch.cuda.Stream()):

@@ -344,7 +344,7 @@ def test_a_trained_network_takes_half_of_the_calls(caplog):
 
 
 def test_lidc_on_a_slice_of_its_validation_set():
-    model, data = bf.load("lidc"), RaterDataset(data_path("lidc/val.h5"))
+    model, data = bf.load("lidc-v1"), RaterDataset(data_path("lidc/val.h5"))
     img = model.preprocess(data.batch([300])[0])
     options = dict(seed=[300], return_probability=True)
     (found, probability), (masks, expected) = (bf.sample(model, img, 1, 10, parallel=p, **options) for p in (8, None))

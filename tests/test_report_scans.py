@@ -481,7 +481,7 @@ def test_the_hint_on_the_command_line(tmp_path, model_path):
 
 def test_silence_ends(caplog):
     logger = logging.getLogger("berdiff_fast.hints")
-    with words.silence(logger.name):
+    with words.muted(logger.name):
         logger.warning("not said")
     logger.warning("and it speaks again")
     assert [record.message for record in caplog.records] == ["and it speaks again"]

@@ -7,11 +7,9 @@ import json
 import math
 
 import pytest
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from support import golden_path, inputs, randomised
+from support import LIDC, SMALL, golden_path, inputs, published_unet, randomised
 
 from berdiff_fast.network.blocks import (
     AttentionBlock,
@@ -27,11 +25,6 @@ from berdiff_fast.network.official import (
 )
 from berdiff_fast.network.unet import UNet
 
-#: The smallest network that has every kind of layer.
-SMALL = dict(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,))
-#: The arguments the published LIDC model was trained with; they are not the defaults of its scripts.
-LIDC = dict(image_size=128, attention_resolutions="16", use_scale_shift_norm=False)
-
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -40,12 +33,7 @@ def seeded():
 
 @pytest.fixture(scope="module")
 def published():
-    path = golden_path("unet_concat.safetensors")
-    with safe_open(path, "pt") as file:
-        config = json.loads(file.metadata()["config"])
-    tensors = safetensors.torch.load_file(path)
-    weights = {k.removeprefix("state_dict."): v for k, v in tensors.items() if k.startswith("state_dict.")}
-    return config, weights, tensors
+    return published_unet()
 
 
 # The published function

@@ -120,7 +120,7 @@ class Sample(Command):
             by_name = not self.modes[0].isdecimal()
             options["modes"] = self.modes[0] if by_name else [int(w) if w.isdecimal() else w for w in self.modes]
         with (
-            words.silence("berdiff_fast.hints", self.quiet),
+            words.muted("berdiff_fast.hints", self.quiet),
             results.folder(self.output, volume, self.n, raters=files, overwrite=self.overwrite) as work,
         ):
             sampled = scans.sample_volume(

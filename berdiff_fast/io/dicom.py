@@ -18,7 +18,7 @@ import numpy as np
 
 from berdiff_fast._optional import require
 from berdiff_fast.io import claims, dicom_display, dicom_pixels
-from berdiff_fast.io.dicom_stack import Frame, stack
+from berdiff_fast.io.dicom_stack import Frame, functional_groups, group_item, stack
 from berdiff_fast.io.quiet import line
 from berdiff_fast.io.volume import Format, Volume, warn
 
@@ -195,17 +195,16 @@ def frames_of(header: Any, file: Path, count: int) -> list[tuple[Frame, Values]]
         raise ValueError(f"tells of {len(per_frame)} frames in its functional groups, and holds {count}")
     if not per_frame and str(header.get("SOPClassUID", "")) in _ENHANCED:
         raise ValueError("cannot be read: it lacks the functional groups that say where its frames lie")
-    shared = next(iter(header.get("SharedFunctionalGroupsSequence") or []), None)
     places = _places(header, count) if not per_frame and count > 1 else None
     found = []
     for number in range(count):
-        groups = [group for group in (per_frame[number] if per_frame else None, shared) if group is not None]
-        measures = _group(groups, "PixelMeasuresSequence", header)
-        position = _vector(_group(groups, "PlanePositionSequence", header), "ImagePositionPatient", 3)
-        orientation = _vector(_group(groups, "PlaneOrientationSequence", header), "ImageOrientationPatient", 6)
+        groups = functional_groups(header, number)
+        measures = group_item(groups, "PixelMeasuresSequence", header)
+        position = _vector(group_item(groups, "PlanePositionSequence", header), "ImagePositionPatient", 3)
+        orientation = _vector(group_item(groups, "PlaneOrientationSequence", header), "ImageOrientationPatient", 6)
         if places is not None:
             position, orientation = places[0][number], places[1]
-        rescale = _group(groups, "PixelValueTransformationSequence", header)
+        rescale = group_item(groups, "PixelValueTransformationSequence", header)
         spacing = _vector(measures, "PixelSpacing", 2)
         if spacing is None and not groups:
             spacing = _vector(header, "ImagerPixelSpacing", 2)
@@ -233,15 +232,6 @@ def frames_of(header: Any, file: Path, count: int) -> list[tuple[Frame, Values]]
             )
         )
     return found
-
-
-def _group(groups: list[Any], name: str, header: Any) -> Any:
-    """The item of a functional group: of the frame, else shared, else the file's header itself."""
-    for group in groups:
-        items = group.get(name)
-        if items:
-            return items[0]
-    return header
 
 
 def _places(header: Any, count: int) -> tuple[list[Any], Any] | None:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from berdiff_fast.io.dicom_stack import functional_groups, group_item
+
 #: Tags that are looked at here.
 TAGS = ("InstanceNumber", "WindowCenter", "WindowWidth")
 
@@ -34,19 +36,9 @@ def _instance_number(header: Any) -> int | None:
         return None
 
 
-def _item(header: Any, frame: int, name: str) -> Any:
-    """The item of a functional group: of the frame, else shared, else the header itself."""
-    per_frame = header.get("PerFrameFunctionalGroupsSequence") or []
-    shared = header.get("SharedFunctionalGroupsSequence") or []
-    for group in (*per_frame[frame : frame + 1], *shared[:1]):
-        if group.get(name):
-            return group.get(name)[0]
-    return header
-
-
 def _window(header: Any, frame: int) -> tuple[float, float] | None:
     """The first of the windows that a header offers, from its centre and width."""
-    item = _item(header, frame, "FrameVOILUTSequence")
+    item = group_item(functional_groups(header, frame), "FrameVOILUTSequence", header)
     center, width = (_first(item.get(name)) for name in ("WindowCenter", "WindowWidth"))
     if not (math.isfinite(center) and math.isfinite(width) and width > 0):
         return None
@@ -67,7 +59,7 @@ def _hounsfield(header: Any, frame: int) -> bool | None:
     """CT with a rescale that names no other unit; a CT without a rescale does not say."""
     if str(header.get("Modality", "")) != "CT":
         return False
-    rescale = _item(header, frame, "PixelValueTransformationSequence")
+    rescale = group_item(functional_groups(header, frame), "PixelValueTransformationSequence", header)
     if rescale.get("RescaleSlope") is None or rescale.get("RescaleIntercept") is None:
         return None
     return str(rescale.get("RescaleType") or "HU").strip().upper() in ("HU", "US", "")  # US: unspecified

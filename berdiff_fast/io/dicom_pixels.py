@@ -18,7 +18,7 @@ import numpy as np
 
 from berdiff_fast._optional import require
 from berdiff_fast.io import claims
-from berdiff_fast.io.quiet import silence
+from berdiff_fast.io.quiet import without_stderr
 
 _RLE = "1.2.840.10008.1.2.5"
 _DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -191,7 +191,7 @@ def _unpacked(dataset: Any, shape: tuple[int, int, int], syntax: Any) -> np.ndar
     # As they were found, not as the file says: an item that is said to be longer than it is takes GDCM gigabytes.
     bare.PixelData = encapsulate(frames)
     bare["PixelData"].is_undefined_length = True
-    with tempfile.TemporaryDirectory() as folder, silence():
+    with tempfile.TemporaryDirectory() as folder, without_stderr():
         path = Path(folder) / "pixels.dcm"
         bare.save_as(path, enforce_file_format=True)
         reader = sitk.ImageFileReader()

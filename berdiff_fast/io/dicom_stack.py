@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,6 +58,22 @@ class Stack:
     direction: np.ndarray
     placed: bool
     notes: list[str] = field(default_factory=list)
+
+
+def functional_groups(header: Any, frame: int) -> list[Any]:
+    """What a file says of one frame (from 0): its own functional groups, then those that all share; perhaps none."""
+    per_frame = header.get("PerFrameFunctionalGroupsSequence") or []
+    shared = header.get("SharedFunctionalGroupsSequence") or []
+    return [*per_frame[frame : frame + 1], *shared[:1]]
+
+
+def group_item(groups: Sequence[Any], name: str, header: Any) -> Any:
+    """The item of a functional group: of the first of ``groups`` that has it, else the file's header itself."""
+    for group in groups:
+        items = group.get(name)
+        if items:
+            return items[0]
+    return header
 
 
 def stack(frames: Sequence[Frame], *, keep: bool) -> Stack:

@@ -14,7 +14,7 @@ import numpy as np
 
 from berdiff_fast._optional import require
 from berdiff_fast.io import text_headers
-from berdiff_fast.io.quiet import line, silence
+from berdiff_fast.io.quiet import line, without_stderr
 from berdiff_fast.io.slices import Slices, contiguous, deflate
 from berdiff_fast.io.volume import Format, Volume
 
@@ -36,7 +36,7 @@ def _reader(kind: str, library: str) -> Any:
         reader = sitk.ImageFileReader()
         reader.SetImageIO(library)  # by the header that was judged, whatever else the file may look like
         reader.SetFileName(str(path))
-        with silence():
+        with without_stderr():
             reader.ReadImageInformation()
             check_voxels(reader.GetDimension(), reader.GetSize(), reader.GetNumberOfComponents())
             volume = _volume(reader.Execute(), kind, path)
@@ -114,7 +114,7 @@ def _header(path: Path, shape: tuple[int, ...], kind: np.dtype[Any], like: Volum
     with tempfile.TemporaryDirectory() as folder:
         voxel = Path(folder) / f"voxel{path.suffix.lower()}"
         try:
-            with silence():
+            with without_stderr():
                 sitk.WriteImage(image, str(voxel), useCompression=True)
             written = voxel.read_bytes()
         except RuntimeError as error:

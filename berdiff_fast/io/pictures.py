@@ -23,7 +23,7 @@ import numpy as np
 
 from berdiff_fast._optional import require
 from berdiff_fast.io import claims
-from berdiff_fast.io.quiet import silence, without_chatter
+from berdiff_fast.io.quiet import without_chatter, without_stderr
 from berdiff_fast.io.slices import Slices, contiguous
 from berdiff_fast.io.volume import Format, Volume
 
@@ -131,7 +131,7 @@ def _picture(path: Path) -> tuple[np.ndarray, bool]:
         _check_alone(picture)
         lossy = picture.format in ("JPEG", "MPO")
         see_through = picture.info.get("transparency")
-        with silence() if picture.format == "TIFF" else nullcontext():  # libtiff prints what Pillow raises
+        with without_stderr() if picture.format == "TIFF" else nullcontext():  # libtiff prints what Pillow raises
             picture.load()
         # A TIFF is turned as it is loaded.
         shown: Image.Image = picture if picture.format == "TIFF" else ImageOps.exif_transpose(picture)
@@ -208,7 +208,7 @@ def _three_or_four(path: Path) -> np.ndarray:
         sitk = require("SimpleITK")
     except ImportError as error:
         raise ImportError(f"it has 16 bits for each of several channels: {error}") from error
-    with silence():
+    with without_stderr():
         reader = sitk.ImageFileReader()
         reader.SetImageIO("PNGImageIO")
         reader.SetFileName(str(path))

@@ -20,7 +20,7 @@ def line(error: BaseException) -> str:
 
 
 @contextmanager
-def silence() -> Iterator[None]:
+def without_stderr() -> Iterator[None]:
     """Without what C libraries print to stderr: their errors come as exceptions too."""
     sys.stderr.flush()
     kept = os.dup(2)
