@@ -20,7 +20,7 @@ from berdiff_fast.io import contained
 
 #: Datasets beside ``image`` and ``mask`` that say where a slice comes from; each (N,) and optional.
 PROVENANCE = ("patient_id", "nodule", "slice")
-#: Layouts whose ``patient_id`` tells cases apart, not patients (``data.layouts``).
+#: Layouts whose ``patient_id`` tells cases apart, not patients (``data.importers.layouts``).
 _CASES = ("cimd",)
 
 #: How many slices of two files are compared at most where patients cannot be.
