@@ -335,7 +335,7 @@ class NoiseSchedule:
             table = table.to(t.device)
             if type(table) is torch.Tensor:  # a tracer's fake must not outlive its trace
                 self._loss_on[key] = table
-        return table[t]
+        return table.index_select(0, t)
 
     # ------------------------------------------------------------------ the forward process
 
@@ -354,7 +354,7 @@ class NoiseSchedule:
             table = self._flip.to(t.device)
             if type(table) is torch.Tensor:  # a tracer's fake must not outlive its trace
                 self._flip_on[t.device] = table
-        return table[t]
+        return table.index_select(0, t)
 
     def q_mean(self, y_0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """P(y_t = 1 | y_0) in float64: A_t y_0 + (1 - A_t) / 2 (BerDiff, eq. 2); (N, ...) for t of (N,)."""

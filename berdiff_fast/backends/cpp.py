@@ -87,16 +87,18 @@ class CppBackend(NativeBackend):
         eps: float,
         silu: bool,
     ) -> None:
+        images, channels, *spatial = out.shape
+        own = x.shape[1]
         _cpu.group_norm_silu(
             out.data_ptr(),
             p if (p := x.data_ptr()) > NOWHERE else no_memory("x"),
-            x.shape[-1],
+            own,
             0 if other is None else address("other", other),
-            0 if other is None else other.shape[-1],
+            channels - own,
             p if (p := weight.data_ptr()) > NOWHERE else no_memory("weight"),
             p if (p := bias.data_ptr()) > NOWHERE else no_memory("bias"),
-            out.shape[0],
-            math.prod(out.shape[1:-1]),
+            images,
+            math.prod(spatial),
             groups,
             eps,
             silu,
@@ -112,7 +114,7 @@ class CppBackend(NativeBackend):
         residual: torch.Tensor | None,
         upsample: bool,
     ) -> None:
-        images, height, width, outputs = out.shape
+        images, outputs, height, width = out.shape
         _cpu.winograd(
             out.data_ptr(),
             p if (p := x.data_ptr()) > NOWHERE else no_memory("x"),
@@ -122,7 +124,7 @@ class CppBackend(NativeBackend):
             images,
             height,
             width,
-            x.shape[-1],
+            x.shape[1],
             outputs,
             upsample,
             torch.get_num_threads(),

@@ -105,7 +105,10 @@ class HasGroupNorm(Protocol):
         silu: bool,
         /,
     ) -> None:
-        """Fill ``out`` (N, *spatial, C + C'), from ``x`` (N, *spatial, C) and ``other`` (N, *spatial, C')."""
+        """Fill ``out`` (N, C + C', *spatial) from ``x`` (N, C, *spatial) and ``other`` (N, C', *spatial).
+
+        In memory the channels of all three are last, and nothing lies between pixels.
+        """
 
 
 class HasWinograd(Protocol):
@@ -121,4 +124,7 @@ class HasWinograd(Protocol):
         upsample: bool,
         /,
     ) -> None:
-        """Fill ``out`` (N, H', W', O) from ``x`` (N, H, W, C) and ``weight`` (36, panels, C, 64); add ``residual``."""
+        """Fill ``out`` (N, O, H', W') from ``x`` (N, C, H, W) and ``weight`` (36, panels, C, 64); add ``residual``.
+
+        In memory the channels of images are last, and nothing lies between pixels.
+        """

@@ -66,7 +66,8 @@ def _group_norm_silu_output(
         raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
     if backend == "cpp" and x.dtype is not torch.float32:
         raise TypeError(f"x must be float32 for backend 'cpp', got {x.dtype}")
-    channels = x.shape[1]
+    size = tuple(x.shape)
+    channels = size[1]
     if other is not None:
         if other.dtype is not x.dtype:
             raise TypeError(f"other must have the dtype of x, {x.dtype}, got {other.dtype}")
@@ -83,8 +84,19 @@ def _group_norm_silu_output(
             raise ValueError(
                 f"{name} must be float32 of shape ({channels},), got {vector.dtype} of shape {tuple(vector.shape)}"
             )
-    check_devices(x, weight=weight, bias=bias, **({} if other is None else {"other": other}))
-    return x.new_empty((x.shape[0], *x.shape[2:], channels)).movedim(-1, 1)
+    if not (x.is_cpu and weight.is_cpu and bias.is_cpu and (other is None or other.is_cpu)):
+        check_devices(x, weight=weight, bias=bias, **({} if other is None else {"other": other}))
+    if x.ndim == 4:
+        return torch.empty(
+            (size[0], channels, *size[2:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+        )
+    return x.new_empty((size[0], *size[2:], channels)).movedim(-1, 1)
+
+
+def _channels_last(x):
+    if x.ndim == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _group_norm_silu(*arguments):
@@ -95,9 +107,9 @@ def _group_norm_silu(*arguments):
     kernels = select.get(backend, x.device.type, "group_norm_silu")
     if out.numel():
         kernels.group_norm_silu(
-            out.movedim(1, -1),
-            x.movedim(1, -1).contiguous(),
-            None if other is None else other.movedim(1, -1).contiguous(),
+            out,
+            _channels_last(x),
+            None if other is None else _channels_last(other),
             weight.contiguous(),
             bias.contiguous(),
             groups,

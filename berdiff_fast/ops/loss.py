@@ -9,7 +9,7 @@ import torch
 
 from berdiff_fast.backends import select
 from berdiff_fast.ops._checks import LOGIT_DTYPES, PREDICTIONS, check_devices, check_mask, check_memory, check_timesteps
-from berdiff_fast.ops._registry import library, register
+from berdiff_fast.ops._registry import entry, library, register
 from berdiff_fast.schedule import LOSS_COLUMNS, NoiseSchedule
 
 
@@ -76,7 +76,13 @@ def diffusion_loss(
         columns = torch.cat([columns[:, :-2], columns[:, -2:] * weights.detach().to(columns)[t][:, None]], dim=1)
     if backend == "auto" and logits.dtype is torch.float64:
         backend = "reference"
-    return torch.ops.berdiff_fast.diffusion_loss(logits, y_t, y_0, columns, ignore, prediction, backend)[0]
+    # The registered function knows of no gradient: where one is asked for, autograd has to see the op.
+    if logits.requires_grad and torch.is_grad_enabled():
+        call = torch.ops.berdiff_fast.diffusion_loss
+    else:
+        tensors = (logits, y_t, y_0, t) if ignore is None else (logits, y_t, y_0, t, ignore)
+        call = entry("diffusion_loss", ("logits", "y_t", "y_0", "t", "ignore"), *tensors)
+    return call(logits, y_t, y_0, columns, ignore, prediction, backend)[0]
 
 
 def _diffusion_loss_output(
@@ -99,14 +105,15 @@ def _diffusion_loss_output(
     for name, tensor in (("logits", logits), ("y_0", y_0), ("ignore", ignore)):
         if tensor is not None and tensor.shape != y_t.shape:
             raise ValueError(f"{name} must have the shape of y_t, {tuple(y_t.shape)}, got {tuple(tensor.shape)}")
-        if tensor is not None:
+        if tensor is not None and not (tensor.is_cpu and y_t.is_cpu):
             check_devices(y_t, **{name: tensor})
     if columns.dtype is not torch.float64 or columns.shape != (y_t.shape[0], len(LOSS_COLUMNS)):
         raise ValueError(
             f"t must have one timestep for each of the {y_t.shape[0]} masks of y_t: rows must be float64 of shape "
             f"({y_t.shape[0]}, {len(LOSS_COLUMNS)}), got {columns.dtype} of shape {tuple(columns.shape)}"
         )
-    check_devices(y_t, t=columns)
+    if not (columns.is_cpu and y_t.is_cpu):
+        check_devices(y_t, t=columns)
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction must be 'epsilon' or 'y_0', got {prediction!r}")
     dtype = torch.promote_types(logits.dtype, torch.float32)

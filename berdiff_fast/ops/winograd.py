@@ -103,7 +103,9 @@ def _winograd_output(x, weight, bias, residual, upsample, backend):
         )
     if not (x.is_cpu and weight.is_cpu and bias.is_cpu and (residual is None or residual.is_cpu)):
         check_devices(x, weight=weight, bias=bias, **({} if residual is None else {"residual": residual}))
-    return x.new_empty((images, height, width, outputs)).permute(0, 3, 1, 2)
+    return torch.empty(
+        (images, outputs, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
 
 
 def _winograd(x, weight, bias, residual, upsample, backend):
@@ -113,11 +115,11 @@ def _winograd(x, weight, bias, residual, upsample, backend):
     kernels = select.get(backend, "cpu" if x.is_cpu else x.device.type, "winograd")
     if out.numel():
         kernels.winograd(
-            out.permute(0, 2, 3, 1),
-            x.permute(0, 2, 3, 1).contiguous(),
+            out,
+            x.contiguous(memory_format=torch.channels_last),
             weight.contiguous(),
             bias.contiguous(),
-            None if residual is None else residual.permute(0, 2, 3, 1).contiguous(),
+            None if residual is None else residual.contiguous(memory_format=torch.channels_last),
             upsample,
         )
     return out

@@ -199,9 +199,9 @@ def group_norm_silu(
     eps: float,
     silu: bool,
 ) -> None:
-    images, channels = out.shape[0], out.shape[-1]
-    pixels = math.prod(out.shape[1:-1])
-    source = (x, x if other is None else other, x.shape[-1], channels - x.shape[-1])
+    images, channels, *spatial = out.shape
+    pixels, own = math.prod(spatial), x.shape[1]
+    source = (x, x if other is None else other, own, channels - own)
     sizes = SIZES if out.is_cuda else _INTERPRETED_SIZES
     blocks = triton.cdiv(channels, sizes["CHANNELS"])
     spans = triton.cdiv(pixels, sizes["PIXELS"] * SUMS_STEPS)
