@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from berdiff_fast.model import BerDiff
     from berdiff_fast.network.unet import UNet
     from berdiff_fast.preprocessing import Preprocessing
+    from berdiff_fast.regions import Regions
     from berdiff_fast.rng import DRAW_CONTRACT, image_seeds
     from berdiff_fast.sampling import Sampler, sample
     from berdiff_fast.scans import sample_until, sample_volume
@@ -33,6 +34,7 @@ __all__ = [
     "BerDiff",
     "NoiseSchedule",
     "Preprocessing",
+    "Regions",
     "Sampler",
     "UNet",
     "__version__",
@@ -60,6 +62,7 @@ _HOMES = {
     "DRAW_CONTRACT": "rng",
     "NoiseSchedule": "schedule",
     "Preprocessing": "preprocessing",
+    "Regions": "regions",
     "Sampler": "sampling",
     "UNet": "network.unet",
     "bundled_models": "loading",

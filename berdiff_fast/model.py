@@ -6,8 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from berdiff_fast.network.prior import ModePrior, class_logits, class_probabilit
 from berdiff_fast.network.unet import UNet, check_size
 from berdiff_fast.network.window import Window
 from berdiff_fast.ops import PREDICTIONS
-from berdiff_fast.preprocessing import Preprocessing
+from berdiff_fast.preprocessing import Preprocessing, Statistics
+from berdiff_fast.regions import Regions, check_names
 from berdiff_fast.rng import DRAW_CONTRACT
 from berdiff_fast.schedule import SPACINGS, NoiseSchedule
 
@@ -53,6 +53,9 @@ class BerDiff(nn.Module):
             shape of masks and logits stays that of the image. 0: everywhere.
         context, distance: what the network is shown beside the image in this window: the surroundings at half the
             resolution, and each pixel's distance from the middle, as further image channels (``network.window``).
+        channels: the names of the image's C channels, such as "flair", "t1", "t1ce", "t2".
+        regions: what the K channels of a mask stand for (``Regions``). Masks are then made to contain what is a part of
+            them: the whole tumour has what the tumour core has.
         mode_prior: p(c | x), for a network that is told the size class c of the mask, as its fourth argument
             (``UNet(num_classes=...)``). ``sample`` then draws a mask's class first; see docs/math.md.
 
@@ -79,6 +82,8 @@ class BerDiff(nn.Module):
         context: bool = False,
         distance: bool = False,
         mode_prior: ModePrior | None = None,
+        channels: Sequence[str] | None = None,
+        regions: Regions | Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
@@ -128,6 +133,16 @@ class BerDiff(nn.Module):
                 f"mode_prior must see the image's {self.img_channels} channels, got one of {mode_prior.img_channels}"
             )
         self.mode_prior = mode_prior
+        self.channels = None if channels is None else check_names("channels", channels)
+        if self.channels is not None and self.img_channels not in (None, len(self.channels)):
+            raise ValueError(f"channels must name the image's {self.img_channels} channels, got {list(self.channels)}")
+        if isinstance(regions, Mapping):
+            regions = Regions(tuple((name, tuple(labels)) for name, labels in regions.items()))
+        if not isinstance(regions, (Regions, type(None))):
+            raise TypeError(f"regions must be Regions, a mapping or None, got {type(regions).__name__}")
+        if regions is not None and len(regions.table) != self.mask_channels:
+            raise ValueError(f"regions must be the {self.mask_channels} channels of a mask, got {regions}")
+        self.regions = regions
 
     def forward(
         self, y_t: torch.Tensor, t: torch.Tensor, img: torch.Tensor, mode: torch.Tensor | None = None
@@ -200,6 +215,8 @@ class BerDiff(nn.Module):
             context=self.output_window.context,
             distance=self.output_window.distance,
             mode_prior=mode_prior,
+            channels=self.channels,
+            regions=self.regions,
         )
 
     @property
@@ -214,17 +231,19 @@ class BerDiff(nn.Module):
             found |= {PRIOR + name: tensor for name, tensor in self.mode_prior.state_dict().items()}
         return found
 
-    def preprocess(self, raw: torch.Tensor | np.ndarray) -> torch.Tensor:
+    def preprocess(self, raw: torch.Tensor | np.ndarray, statistics: Statistics | None = None) -> torch.Tensor:
         """Raw intensities (uint8, Hounsfield units, ...) to the ``img`` of ``sample``.
 
         Args:
             raw: (B, C, *spatial), (C, *spatial) or, with one channel, (*spatial,); any real dtype.
+            statistics: of the volume whose slices these are, ``model.preprocessing.statistics(volume)``, for a model
+                that scales by it (``Preprocessing(by_volume=True)``).
 
         Returns:
             float32 (B, C, *spatial) on the CPU or the device of ``raw``.
 
         Raises:
-            ValueError: the model has no preprocessing, a wrong shape, NaN or infinite values.
+            ValueError: the model has no preprocessing, a wrong shape, NaN or infinite values, no statistics.
         """
         if self.preprocessing is None:
             raise ValueError("this model does not know how its images were prepared; scale them as in its training")
@@ -245,7 +264,7 @@ class BerDiff(nn.Module):
             raise ValueError(f"raw must have {self.img_channels} channels, got shape {tuple(x.shape)}")
         if not bool(torch.isfinite(x).all()):
             raise ValueError("raw must be finite, got NaN or infinite values")
-        return self.preprocessing(x)
+        return self.preprocessing(x, statistics)
 
     # ------------------------------------------------------------------ files
 
@@ -268,7 +287,7 @@ class BerDiff(nn.Module):
             "prediction": self.prediction,
             "spacing": self.spacing,
             "rescale_timesteps": self.rescale_timesteps,
-            "preprocessing": asdict(self.preprocessing) if self.preprocessing else None,
+            "preprocessing": self.preprocessing.to_config() if self.preprocessing else None,
         }
         # Only what is used is named: files of other models are what they were.
         window = self.output_window
@@ -276,6 +295,10 @@ class BerDiff(nn.Module):
         config |= {name: value for name, value in used.items() if value}
         if self.mode_prior is not None:
             config["mode_prior"] = self.mode_prior.config
+        if self.channels is not None:
+            config["channels"] = list(self.channels)
+        if self.regions is not None:
+            config["regions"] = [[name, list(labels)] for name, labels in self.regions.table]
         return config
 
     @classmethod
@@ -308,6 +331,8 @@ class BerDiff(nn.Module):
             context=config.get("context", False),
             distance=config.get("distance", False),
             mode_prior=None if prior is None else ModePrior(**prior),
+            channels=config.get("channels"),
+            regions=None if config.get("regions") is None else Regions(config["regions"]),
         )
 
     def save(self, path: str | os.PathLike[str], *, follow: bool = True) -> None:
@@ -350,6 +375,10 @@ def fingerprint(model: BerDiff) -> str:
         what["window"] = repr(model.output_window)
     if model.mode_prior is not None:
         what["mode_prior"] = model.mode_prior.config
+    if model.channels is not None:
+        what["channels"] = list(model.channels)
+    if model.regions is not None:
+        what["regions"] = str(model.regions)
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
     for name, tensor in model.weights().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

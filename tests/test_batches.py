@@ -192,5 +192,5 @@ def test_limits_of_the_whole_image():
     preprocessing = Preprocessing()
     raw = torch.randint(0, 255, (5, 2, 9, 7), dtype=torch.uint8)
     raw[2] = 4
-    part = preprocessing(raw[..., 3:5], preprocessing.limits(raw))
+    part = preprocessing(raw[..., 3:5], preprocessing.statistics(raw))
     assert torch.equal(part, preprocessing(raw)[..., 3:5])

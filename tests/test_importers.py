@@ -144,7 +144,7 @@ def test_file_layout(tree, out):
     with h5py.File(out / f"{name}.h5") as file:
         assert file["image"].chunks == (1, H, W) and file["mask"].chunks == (1, R, H, W)
         assert file["image"].compression == "gzip"
-        assert file.attrs["format"] == 1 and file.attrs["source"] == "slices" and file.attrs["split"] == name
+        assert file.attrs["format"] == 2 and file.attrs["source"] == "slices" and file.attrs["split"] == name
         assert json.loads(file.attrs["parameters"])["seed"] == 3
         assert file.attrs["berdiff_fast"] == report.berdiff_fast
     written = json.loads((out / "import.json").read_text())

@@ -243,7 +243,7 @@ def test_dictionaries_to_a_file(tmp_path):
     with h5py.File(path) as file:
         assert [name.decode() for name in file["patient"]] == ["LIDC-7", "LIDC-7", "other"]
         assert [name.decode() for name in file["path"]] == ["0.nii", "1.nii", "2.nii"]
-        assert file.attrs["format"] == 1 and file.attrs["source"] == "monai"
+        assert file.attrs["format"] == 2 and file.attrs["source"] == "monai"
 
     # A name has one number in all files, so that the trainer sees who is in two of them.
     to_hdf5(items(("other",)), tmp_path / "val.h5", patient_key="patient")
@@ -305,7 +305,7 @@ def test_two_names_with_one_number(tmp_path, monkeypatch):
 def test_our_file_as_dictionaries(tmp_path):
     source = RaterDataset(phantom_file(tmp_path / "data.h5", 5, 3))
     plain = as_dicts(source)
-    assert len(plain) == 3 and set(plain[1]) == {"image", "label", "index", "patient_id"}
+    assert len(plain) == 3 and set(plain[1]) == {"image", "label", "rater_valid", "index", "patient_id"}
     assert plain[1]["index"] == 1 and plain[1]["patient_id"] == 6
     for item, (image, masks) in zip(plain, source, strict=True):
         assert torch.equal(item["image"], image) and torch.equal(item["label"].bool(), masks[:, 0])

@@ -44,7 +44,7 @@ class Import(Command):
         resize: resize slices to --size
         crop: cut --size out of their middle
         rater_count: masks per slice; none: as many as are found
-        missing_mask: error or empty
+        missing_mask: error; empty: the rater marked nothing; absent: the rater did not read the slice
         on_error: stop, or skip slices with a bad file
         threshold: share of a mask's range above which a pixel is inside; none: 0.5 for JPEG, else no threshold
         window: what becomes 0 and 255; none: each slice's range

@@ -21,7 +21,7 @@ from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.data.streams import Streams
 from berdiff_fast.network.prior import size_class
 from berdiff_fast.network.window import middle
-from berdiff_fast.preprocessing import Preprocessing
+from berdiff_fast.preprocessing import Preprocessing, Statistics
 
 #: Positions whose random numbers are drawn together: a stream of a thousand costs a hundredth of one alone.
 _TOGETHER = 4096
@@ -29,24 +29,39 @@ _TOGETHER = 4096
 
 @dataclass
 class Slices:
-    """Images (N, C, H, W), masks (N, R, K, H, W) bool, and the images' minima and maxima, (N, 1, 1, 1) both."""
+    """Images (N, C, H, W), masks (N, R, K, H, W) bool, who read them (N, R) bool, what images are scaled by, two (N, C
+    or 1, 1, 1), and what does not count, (N, 1, H, W) bool."""
 
     images: torch.Tensor
     masks: torch.Tensor
-    limits: tuple[torch.Tensor, torch.Tensor] | None
+    valid: torch.Tensor
+    statistics: Statistics | None
+    ignore: torch.Tensor | None
 
     @classmethod
-    def of(cls, images: np.ndarray, masks: np.ndarray, preprocessing: Preprocessing, device: torch.device) -> Slices:
+    def of(
+        cls,
+        images: np.ndarray,
+        masks: np.ndarray,
+        valid: np.ndarray,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        statistics: Statistics | None = None,
+        ignore: np.ndarray | None = None,
+    ) -> Slices:
         """On a device; on the CPU they share the arrays' memory."""
         if images.dtype in (np.uint16, np.uint32, np.uint64):  # which torch can hardly do anything with
             images = images.astype(np.float32)
         x = torch.from_numpy(images).to(device)
-        limits = None
-        if preprocessing.window is None:
+        if statistics is None and preprocessing.window is None:
             # In pieces, since each is widened.
-            low, high = zip(*(preprocessing.limits(part) for part in x.split(256)), strict=True)
-            limits = torch.cat(low), torch.cat(high)
-        return cls(x, torch.from_numpy(masks).to(device), limits)
+            parts = [s for part in x.split(256) if (s := preprocessing.statistics(part)) is not None]
+            first, second = zip(*parts, strict=True)
+            statistics = torch.cat(first), torch.cat(second)
+        if statistics is not None:
+            statistics = statistics[0].to(device), statistics[1].to(device)
+        y, who = torch.from_numpy(masks).to(device), torch.from_numpy(valid).to(device)
+        return cls(x, y, who, statistics, None if ignore is None else torch.from_numpy(ignore).to(device))
 
 
 @dataclass
@@ -82,15 +97,34 @@ class Batches(Dataset):
         self._resident: Slices | None = None
         self._marked: np.ndarray | None = None
         if resident:
-            images, masks = examples.slices.whole()
-            self._resident = Slices.of(images, masks, examples.preprocessing, self.device)
+            slices = examples.slices
+            images, masks = slices.whole()
+            self._resident = self._slices(images, masks, np.arange(len(slices)))
             if examples.mode_edges is not None:
-                self._marked = np.concatenate([self._who_marked(masks[i : i + 256]) for i in range(0, len(masks), 256)])
+                valid = slices.rater_valid
+                parts = [self._who_marked(masks[i : i + 256], valid[i : i + 256]) for i in range(0, len(masks), 256)]
+                self._marked = np.concatenate(parts)
+            elif not slices.rater_valid.all():
+                self._marked = slices.rater_valid
+
+    def _slices(self, images: np.ndarray, masks: np.ndarray, index: np.ndarray) -> Slices:
+        """Slices of the file, with what it says of them."""
+        slices, preprocessing = self.examples.slices, self.examples.preprocessing
+        return Slices.of(
+            images,
+            masks,
+            slices.rater_valid[index],
+            preprocessing,
+            self.device,
+            slices.statistics_for(preprocessing, index),
+            slices.ignored(index),
+        )
 
     def __call__(self, positions: range | list[int] | np.ndarray) -> dict[str, torch.Tensor]:
         """img (B, C, H, W) and y_0 (B, K, H, W) float32, t and noise_seed (B,) int64: the examples, stacked.
 
-        With ``mode_edges`` also mode (B,) int64 and mode_target (B, classes) float32.
+        With ``mode_edges`` also mode (B,) int64 and mode_target (B, classes) float32; of a file that says what does not
+        count also ignore (B, K, H, W) float32.
 
         Raises:
             ValueError: some of the positions are cropped and others are not.
@@ -102,14 +136,14 @@ class Batches(Dataset):
         index = self.examples.slice_indices(positions)
         if self.examples.mode_edges is not None:  # which asks for all raters
             images, masks = slices.rows(index)
-            marked = self._who_marked(masks)
+            marked = self._who_marked(masks, slices.rater_valid[index])
             numbers = self._numbers(positions, marked, np.arange(len(positions)))
         else:
-            numbers = self._numbers(positions)
+            numbers = self._numbers(positions, None if slices.rater_valid.all() else slices.rater_valid)
             images, masks = slices.rows(index, numbers.rater.numpy())
             numbers.rater = torch.zeros_like(numbers.rater)
         numbers.index = torch.arange(len(positions))
-        return self._make(positions, numbers, Slices.of(images, masks, self.examples.preprocessing, self.device))
+        return self._make(positions, numbers, self._slices(images, masks, index))
 
     # DataLoader asks for a whole batch where it finds this.
     __getitems__ = __call__
@@ -135,8 +169,8 @@ class Batches(Dataset):
     def _numbers(
         self, positions: np.ndarray, marked: np.ndarray | None = None, rows: np.ndarray | None = None
     ) -> _Numbers:
-        """Of positions, and who marked something in slices (N, R), where that matters; ``rows`` of it, if not those of
-        the file."""
+        """Of positions, and of whom one is drawn in slices (N, R), where not all are alike; ``rows`` of it, if not
+        those of the file."""
         examples = self.examples
         index = examples.slice_indices(positions)
         # In the order of TrainingExamples.__getitem__ and Augmentation.__call__.
@@ -146,7 +180,7 @@ class Batches(Dataset):
         else:
             marked = marked[index if rows is None else rows]
             number = random.integers(marked.sum(1))
-            # Those who marked something first, each group in its order.
+            # Those of whom one is drawn first, each group in its order.
             rater = np.argsort(~marked, axis=1, kind="stable")[np.arange(len(marked)), number]
         noise_seed = random.bits63()
         mirror = [random.random() < 0.5 for _ in range(2)]
@@ -165,10 +199,10 @@ class Batches(Dataset):
         i, r, t, n, s = self._on_device(numbers).unbind()
         return _Numbers(i, r, t, n, s, theta)
 
-    def _who_marked(self, masks: np.ndarray) -> np.ndarray:
-        """Raters (B, R) of whom one is drawn: those who marked something where it counts, or all if none did."""
-        counted = self._counted(torch.from_numpy(masks)).flatten(2).any(2).numpy()
-        return counted | ~counted.any(1, keepdims=True)
+    def _who_marked(self, masks: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """Raters (B, R) of whom one is drawn: of those who read it, who marked something where it counts, or all."""
+        counted = self._counted(torch.from_numpy(masks)).flatten(2).any(2).numpy() & valid
+        return np.where(counted.any(1, keepdims=True), counted, valid)
 
     def _counted(self, masks: torch.Tensor) -> torch.Tensor:
         return middle(masks, self.examples.mode_window) if self.examples.mode_window else masks
@@ -186,16 +220,17 @@ class Batches(Dataset):
         crop, index, size = crops.pop(), numbers.index, examples.slices.image_size
         shape = (crop, crop) if crop else size
         pixels = self._map(crop).index_select(0, numbers.symmetry)
-        limits = slices.limits and (slices.limits[0].index_select(0, index), slices.limits[1].index_select(0, index))
+        of = slices.statistics
+        statistics = None if of is None else (of[0].index_select(0, index), of[1].index_select(0, index))
         raters, mask_channels = slices.masks.shape[1:3]
         grid = None
         if numbers.theta is None:
-            img = examples.preprocessing(_gather(slices.images, index, pixels, shape), limits)
+            img = examples.preprocessing(_gather(slices.images, index, pixels, shape), statistics)
         else:
             # Normalised coordinates of where each pixel comes from.
             grid = F.affine_grid(numbers.theta, [len(index), 1, *size], align_corners=False).flatten(1, 2)
             grid = grid.gather(1, pixels[..., None].expand(-1, -1, 2)).unflatten(1, shape)
-            whole = examples.preprocessing(slices.images.index_select(0, index), limits)
+            whole = examples.preprocessing(slices.images.index_select(0, index), statistics)
             img = Augmentation.sample_image(whole, grid)
 
         def masks(
@@ -207,6 +242,8 @@ class Batches(Dataset):
 
         batch = {"img": img, "t": numbers.t, "noise_seed": numbers.noise_seed}
         batch["y_0"] = masks(slices.masks.flatten(0, 1), index * raters + numbers.rater, pixels, shape).float()
+        if slices.ignore is not None:
+            batch["ignore"] = masks(slices.ignore, index, pixels, shape).float().expand(-1, mask_channels, -1, -1)
         if examples.mode_edges is not None:
             if grid is None and examples.mode_window:  # no more than what counts
                 pixels = middle(pixels.unflatten(1, shape), examples.mode_window).flatten(1)
@@ -215,7 +252,9 @@ class Batches(Dataset):
             classes = size_class(self._counted(seen), examples.mode_edges)
             batch["mode"] = classes.gather(1, numbers.rater[:, None])[:, 0]
             which = torch.arange(len(examples.mode_edges) + 2, device=classes.device)
-            batch["mode_target"] = (classes[..., None] == which).float().mean(1)
+            read = slices.valid.index_select(0, index)
+            shares = (classes[..., None] == which).float() * read[..., None]
+            batch["mode_target"] = shares.sum(1) / read.sum(1, keepdim=True)
         return batch
 
     def _map(self, crop: int) -> torch.Tensor:

@@ -154,30 +154,46 @@ class TrainingExamples(Dataset):
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         """img (C, H, W) float32, y_0 (K, H, W) float32 of 0 and 1, t and noise_seed, int64 scalars.
 
-        With ``mode_edges`` also mode, an int64 scalar, and mode_target (classes,) float32.
+        With ``mode_edges`` also mode, an int64 scalar, and mode_target (classes,) float32; of a file that says what
+        does not count also ignore (K, H, W) float32 of 0 and 1.
         """
         random = np.random.default_rng([self.seed, 1, position])
         if self.mode_edges is not None:
             return self._with_mode(position, self.mode_edges, random)
-        rater = int(random.integers(self.slices.raters))
-        image, mask = self.slices.one_rater(self.slice_index(position), rater)
+        index = self.slice_index(position)
+        who = np.flatnonzero(self.slices.rater_valid[index])
+        rater = int(who[int(random.integers(len(who)))])
+        image, mask = self.slices.one_rater(index, rater)
         t = int(self.timesteps * ((self._phase + position * _GOLDEN) % 1.0))
         noise_seed = int(random.integers(2**63))
-        img, y_0 = self.augmentation(self.preprocessing(image[None])[0], mask.float(), random)
+        img, y_0 = self.augmentation(self._scaled(image, index), self._with_ignored(mask, index), random)
         return self._example(position, img, y_0, t, noise_seed)
+
+    def _scaled(self, image: torch.Tensor, index: int) -> torch.Tensor:
+        return self.preprocessing(image[None], self.slices.statistics_for(self.preprocessing, [index]))[0]
+
+    def _with_ignored(self, masks: torch.Tensor, index: int) -> torch.Tensor:
+        """Masks (.., H, W), float, and behind them what does not count, if the file has such: augmented alike."""
+        ignored = self.slices.ignored([index])
+        return masks.float() if ignored is None else torch.cat([masks.float(), torch.from_numpy(ignored[0]).float()])
 
     def _with_mode(self, position: int, edges: Sequence[int], random: np.random.Generator) -> dict[str, torch.Tensor]:
         """An example for a mode prior: all raters are augmented alike, and the classes are those of what is seen."""
-        image, masks = self.slices[self.slice_index(position)]
-        marked = self._counted(masks).flatten(1).any(1).nonzero()[:, 0].tolist() or list(range(len(masks)))
+        index = self.slice_index(position)
+        image, masks = self.slices[index]
+        valid = self.slices.rater_valid[index]
+        seen = self._counted(masks).flatten(1).any(1).numpy() & valid
+        marked = np.flatnonzero(seen if seen.any() else valid).tolist()
         rater = marked[int(random.integers(len(marked)))]
         t = int(self.timesteps * ((self._phase + position * _GOLDEN) % 1.0))
         noise_seed = int(random.integers(2**63))
-        img, flat = self.augmentation(self.preprocessing(image[None])[0], masks.flatten(0, 1).float(), random)
+        flat = self._with_ignored(masks.flatten(0, 1), index)
+        img, flat = self.augmentation(self._scaled(image, index), flat, random)
         example = self._example(position, img, flat, t, noise_seed)
         y_0 = example["y_0"].unflatten(0, masks.shape[:2])
         classes = size_class(self._counted(y_0), edges)
-        target = F.one_hot(classes, len(edges) + 2).float().mean(0)
+        # Over those who read it: the others say nothing of what there is.
+        target = F.one_hot(classes[torch.from_numpy(valid)], len(edges) + 2).float().mean(0)
         return {**example, "y_0": y_0[rater].contiguous(), "mode": classes[rater], "mode_target": target}
 
     def _counted(self, masks: torch.Tensor) -> torch.Tensor:
@@ -189,9 +205,14 @@ class TrainingExamples(Dataset):
         if crop := self.crop_at(position):
             y, x = ((size - crop) // 2 for size in img.shape[-2:])
             img, y_0 = (a[..., y : y + crop, x : x + crop] for a in (img, y_0))
+        ignored = {}
+        if self.slices.ignores:
+            y_0, last = y_0[:-1], y_0[-1:]
+            ignored["ignore"] = last.expand(self.slices.mask_channels, -1, -1).contiguous()
         return {
             "img": img.contiguous(),
             "y_0": y_0.contiguous(),
             "t": torch.tensor(t),
             "noise_seed": torch.tensor(noise_seed),
+            **ignored,
         }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from torch.utils.data import Dataset
 
 from berdiff_fast import limits
 from berdiff_fast.io import contained
+from berdiff_fast.preprocessing import Preprocessing, Statistics
+from berdiff_fast.regions import Regions, check_names
 
 #: Datasets beside ``image`` and ``mask`` that say where a slice comes from; each (N,) and optional.
 PROVENANCE = ("patient_id", "nodule", "slice")
@@ -31,7 +34,9 @@ class RaterDataset(Dataset):
     """Images and the masks that R raters drew on each.
 
     The file holds ``image``, (N, H, W) or (N, C, H, W) of any real dtype, ``mask``, (N, R, H, W) or (N, R, K, H, W) of
-    0 and 1, and may hold ``patient_id``, ``nodule`` and ``slice``, (N,) each (docs/data.md).
+    0 and 1, and may hold ``patient_id``, ``nodule`` and ``slice``, (N,) each; ``rater_valid`` (N, R), which says who
+    read a slice; ``ignore`` (N, H, W), pixels that do not count; ``statistics`` (N, C, 4), of the volume of each slice
+    its minimum, maximum, and the mean and standard deviation of what is not 0 (docs/data.md).
 
     Args:
         path: the HDF5 file.
@@ -42,6 +47,12 @@ class RaterDataset(Dataset):
         image_size: (H, W).
         provenance: what the file has of ``PROVENANCE``.
         names_patients: whether the file says which slices are of one patient.
+        rater_valid: (N, R) bool: who read which slice. At least one rater reads each.
+        statistics: (N, C, 4) float64, or None.
+        channels, regions: names of the image's channels, and what the mask's channels stand for; None where the file
+            does not say.
+        foreground: whether slices were cut around what is not 0.
+        pixel_spacing: (row, column) in mm of all slices, or None.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -56,6 +67,7 @@ class RaterDataset(Dataset):
         self._file: h5py.File | None = None
         self._owner = -1
         self._sets: Any = None  # image and mask of that file
+        self._ignore: np.ndarray | None = None
         with self._open() as file, contained.reading(self.path):
             image, mask = self._datasets(file)
             self._length = len(image)
@@ -74,6 +86,12 @@ class RaterDataset(Dataset):
                     if found.dtype.kind not in "iu":
                         raise ValueError(f"{self.path}: {name} must hold integers, got {found.dtype}")
                     self.provenance[name] = contained.whole(found)
+            self.rater_valid = self._flags(file)
+            self.ignores = contained.dataset(file, "ignore") is not None
+            self.statistics = self._statistics(file)
+            self.channels, self.regions = self._names(file)
+            self.foreground = bool(file.attrs.get("foreground", False))
+            self.pixel_spacing = self._pixel_spacing(file)
             self.names_patients = "patient_id" in self.provenance and file.attrs.get("source") not in _CASES
             self._memory: tuple[np.ndarray, np.ndarray] | None = None
             if in_memory:
@@ -110,6 +128,89 @@ class RaterDataset(Dataset):
             limits.plausible(f"{self.path}: a slice of {name!r}", one, data.id.get_storage_size())
             limits.room(f"{self.path}: a slice of {name!r}", one)
         return image, mask
+
+    def _flags(self, file: h5py.File) -> np.ndarray:
+        """Who read which slice (N, R): everybody, where the file does not say."""
+        shape = (self._length, self.raters)
+        with contained.reading(self.path, "rater_valid"):
+            found = contained.dataset(file, "rater_valid")
+            if found is None:
+                return np.ones(shape, bool)
+            if found.shape != shape or found.dtype.kind not in "bui":
+                raise ValueError(
+                    f"{self.path}: rater_valid must be (N, R) = {shape} of 0 and 1, got {found.dtype} {found.shape}"
+                )
+            valid = contained.whole(found)
+        if ((valid != 0) & (valid != 1)).any():
+            raise ValueError(f"{self.path}: rater_valid must be 0 and 1, got {np.unique(valid)[:5].tolist()}")
+        alone = np.flatnonzero(~valid.astype(bool).any(1))
+        if len(alone):
+            raise ValueError(f"{self.path}: rater_valid says that nobody read slice {alone[0]}")
+        return valid.astype(bool)
+
+    def _statistics(self, file: h5py.File) -> np.ndarray | None:
+        shape = (self._length, self.img_channels, 4)
+        with contained.reading(self.path, "statistics"):
+            found = contained.dataset(file, "statistics")
+            if found is None:
+                return None
+            if found.shape != shape or found.dtype.kind != "f":
+                raise ValueError(
+                    f"{self.path}: statistics must be (N, C, 4) = {shape} floats, got {found.dtype} {found.shape}"
+                )
+            values = contained.whole(found).astype(np.float64)
+        if not np.isfinite(values).all() or (values[..., 3] <= 0).any():
+            raise ValueError(f"{self.path}: statistics must be finite, with deviations above 0")
+        return values
+
+    def _names(self, file: h5py.File) -> tuple[tuple[str, ...] | None, Regions | None]:
+        channels, regions = (file.attrs.get(name) for name in ("channels", "regions"))
+        try:
+            named = None if channels is None else check_names("channels", json.loads(channels))
+            several = None if regions is None else Regions(tuple((n, tuple(x)) for n, x in json.loads(regions)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        if named is not None and len(named) != self.img_channels:
+            raise ValueError(f"{self.path}: channels must name {self.img_channels} channels, got {list(named)}")
+        if several is not None and len(several.table) != self.mask_channels:
+            raise ValueError(f"{self.path}: regions must be those of {self.mask_channels} mask channels, got {several}")
+        return named, several
+
+    def _pixel_spacing(self, file: h5py.File) -> tuple[float, float] | None:
+        found = file.attrs.get("pixel_spacing")
+        if found is None:
+            return None
+        pair = np.asarray(found)
+        if pair.shape != (2,) or pair.dtype.kind != "f" or not (np.isfinite(pair) & (pair > 0)).all():
+            raise ValueError(f"{self.path}: pixel_spacing must be two positive numbers of mm, got {found!r:.80}")
+        return float(pair[0]), float(pair[1])
+
+    def statistics_for(self, preprocessing: Preprocessing, indices: Sequence[int] | np.ndarray) -> Statistics | None:
+        """What the images of some slices are scaled by: two (B, C, 1, 1); None where the images tell that themselves.
+
+        Raises:
+            ValueError: slices are to be scaled by their volumes, and the file does not tell of those.
+        """
+        if not preprocessing.by_volume:
+            return None
+        if self.statistics is None:
+            raise ValueError(f"{self.path} has no statistics, and the model scales slices by those of their volumes")
+        which = slice(0, 2) if preprocessing.mode == "min-max" else slice(2, 4)
+        first, second = torch.from_numpy(self.statistics[np.asarray(indices)][..., which]).unbind(-1)
+        return first[..., None, None], second[..., None, None]
+
+    def ignored(self, indices: Sequence[int] | np.ndarray) -> np.ndarray | None:
+        """Pixels of some slices that do not count, bool (B, 1, H, W); None where the file says nothing of such."""
+        if not self.ignores:
+            return None
+        if self._ignore is None:
+            shape = (self._length, *self.image_size)
+            with self._open() as file, contained.reading(self.path, "ignore"):
+                found = contained.dataset(file, "ignore")
+                if found is None or found.shape != shape or found.dtype.kind not in "bui":
+                    raise ValueError(f"{self.path}: ignore must be (N, H, W) = {shape} of 0 and 1")
+                self._ignore = contained.whole(found) != 0
+        return self._ignore[np.asarray(indices)][:, None]
 
     def _check(self, images: np.ndarray, masks: np.ndarray, first: int) -> None:
         if masks.dtype != bool:

@@ -174,6 +174,7 @@ def to_hdf5(
     image_key: str = "image",
     mask_keys: Sequence[str] = ("label",),
     patient_key: str,
+    valid_key: str | None = None,
     window: tuple[float, float] | None = None,
     overwrite: bool = False,
 ) -> SplitReport:
@@ -191,6 +192,7 @@ def to_hdf5(
             other value, 1 or 255.
         patient_key: the key of the patient: an int, which becomes its ``patient_id``, or a name, which gives it the
             first 31 bits of its SHA-256: the same in every file, since the trainer refuses files that share patients.
+        valid_key: the key of who read the slice, R of 0 and 1; by default everybody did.
         window: (low, high), which become 0 and 255; by default each slice's own minimum and maximum do. For images that
             a transform brought to [0, 1], (0, 1).
         overwrite: replace a file that is there.
@@ -221,6 +223,7 @@ def to_hdf5(
         "image_key": image_key,
         "mask_keys": list(mask_keys),
         "patient_key": patient_key,
+        "valid_key": valid_key,
         "window": None if limits is None else list(limits),
     }
     attributes = {
@@ -246,7 +249,7 @@ def to_hdf5(
                         "give numbers instead of names"
                     )
                 if writer is None:
-                    writer = Writer(temporary, count, (image.shape[0], image.shape[1]), len(masks), attributes)
+                    writer = Writer(temporary, count, image.shape, masks.shape, attributes)
                     shape = masks.shape
                 elif masks.shape != shape:
                     raise ValueError(
@@ -254,7 +257,8 @@ def to_hdf5(
                     )
                 one = Slice(name, "0", seen[patient], where, dict.fromkeys(range(len(masks)), where))
                 seen[patient] += 1
-                writer.append(image, masks, patient, 0, one)
+                valid = None if valid_key is None else item.valid(valid_key, len(masks))
+                writer.append(image, masks, patient, 0, one, valid)
             assert writer is not None
             return writer.finish()
         finally:
@@ -309,6 +313,15 @@ class _Item:
         except ValueError as error:
             raise ValueError(f"item {self.index}: {key!r} {error}") from None
 
+    def valid(self, key: str, raters: int) -> np.ndarray:
+        """(R,) bool, with one reader at least."""
+        x = np.asarray(checks.tensor(f"item {self.index}: {key!r}", np.asarray(self._value(key)))).reshape(-1)
+        if x.shape != (raters,) or not np.isin(x, (0, 1)).all() or not x.any():
+            raise ValueError(
+                f"item {self.index}: {key!r} must be {raters} of 0 and 1, one of them 1, got {x.tolist()!r:.80}"
+            )
+        return x != 0
+
     def patient(self, key: str) -> tuple[int, str]:
         """Number and name."""
         value = self._value(key)
@@ -331,8 +344,9 @@ def as_dicts(dataset: RaterDataset, transform: Callable[[Any], Any] | None = Non
 
     Returns:
         A ``monai.data.Dataset`` of {"image": (C, H, W) in the file's dtype, "label": (R * K, H, W) uint8 of 0 and 1,
-        "index": ..., and what the file tells of patient_id, nodule and slice}. Raters are channels of the label (rater
-        r's class k is channel r K + k), since a dictionary transform takes all but the first dimension for space.
+        "rater_valid": (R,) uint8, "index": ..., and what the file tells of patient_id, nodule and slice}. Raters are
+        channels of the label (rater r's class k is channel r K + k), since a dictionary transform takes all but the
+        first dimension for space.
 
     Raises:
         TypeError: naming the argument.
@@ -351,4 +365,6 @@ class _Dicts(Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         image, masks = self.dataset[index]
-        return {"image": image, "label": masks.flatten(0, 1).to(torch.uint8), **self.dataset.describe(index)}
+        read = torch.from_numpy(self.dataset.rater_valid[index].astype(np.uint8))
+        label = masks.flatten(0, 1).to(torch.uint8)
+        return {"image": image, "label": label, "rater_valid": read, **self.dataset.describe(index)}

@@ -10,6 +10,7 @@ device of the raters. What a single mask cannot tell, the distance between two o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 
 from berdiff_fast import checks
 from berdiff_fast.metrics import from_counts, functional
+from berdiff_fast.metrics.readers import of_readers
 
 #: What ``decompose_ged`` tells of each image.
 DECOMPOSITION: tuple[str, ...] = (
@@ -31,7 +33,7 @@ DECOMPOSITION: tuple[str, ...] = (
 )
 
 
-def decompose_ged(raters: Any, samples: Any) -> dict[str, torch.Tensor]:
+def decompose_ged(raters: Any, samples: Any, *, rater_valid: Any = None) -> dict[str, torch.Tensor]:
     """GED^2 taken apart, from one pass over the masks.
 
     With r and e the shares of empty masks among raters and samples, D_Y and D_S the mean distance of two *different*
@@ -47,6 +49,7 @@ def decompose_ged(raters: Any, samples: Any) -> dict[str, torch.Tensor]:
     Args:
         raters: (N, R, *shape) masks.
         samples: (N, n, *shape) masks of the same shape, drawn independently for what is unbiased to be so.
+        rater_valid: (N, R), who read which image; see ``evaluate``. R is the number of an image's readers then.
 
     Returns:
         (N,) float64 for each name of ``DECOMPOSITION``; NaN in the floor where R = 1, in all that is unbiased where R
@@ -56,6 +59,10 @@ def decompose_ged(raters: Any, samples: Any) -> dict[str, torch.Tensor]:
         ValueError, TypeError: naming the argument.
     """
     raters, samples = functional._same_images("raters", raters, "samples", samples)
+    return of_readers(raters, samples, rater_valid, _decompose)
+
+
+def _decompose(raters: torch.Tensor, samples: torch.Tensor) -> dict[str, torch.Tensor]:
     count, n = raters.shape[1], samples.shape[1]
     iou = from_counts.iou_of(raters, samples)
     ged = from_counts.ged_of(iou, count)
@@ -99,7 +106,7 @@ def ged_floor(raters: Any, n: int) -> torch.Tensor:
     )
 
 
-def unbiased_energy_distance(raters: Any, samples: Any) -> torch.Tensor:
+def unbiased_energy_distance(raters: Any, samples: Any, *, rater_valid: Any = None) -> torch.Tensor:
     """GED^2 over pairs of different masks only, i = j left out; its expectation does not depend on R and n.
 
     Args:
@@ -113,7 +120,7 @@ def unbiased_energy_distance(raters: Any, samples: Any) -> torch.Tensor:
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    return decompose_ged(raters, samples)["ged_unbiased"]
+    return decompose_ged(raters, samples, rater_valid=rater_valid)["ged_unbiased"]
 
 
 # ---------------------------------------------------------------------- is there anything?
@@ -132,7 +139,9 @@ class ExistenceCalibration(NamedTuple):
     constant: float
 
 
-def existence_calibration(empty_raters: Any, empty_samples: Any, raters: int, n: int) -> ExistenceCalibration:
+def existence_calibration(
+    empty_raters: Any, empty_samples: Any, raters: int | Sequence[int] | np.ndarray, n: int
+) -> ExistenceCalibration:
     """How well the share of empty samples predicts the share of raters who marked nothing.
 
     With p the true probability of an image, the mean of (p - r)^2 is p (1 - p)/R, of which r (1 - r)/(R - 1) is an
@@ -141,7 +150,7 @@ def existence_calibration(empty_raters: Any, empty_samples: Any, raters: int, n:
     Args:
         empty_raters: (N,) shares r, as ``decompose_ged`` gives them.
         empty_samples: (N,) shares e.
-        raters: R, how many raters the shares are of.
+        raters: R, how many raters the shares are of; one number, or that of each image.
         n: how many samples.
 
     Returns:
@@ -150,14 +159,20 @@ def existence_calibration(empty_raters: Any, empty_samples: Any, raters: int, n:
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    checks.integer("raters", raters, 1)
+    counts = np.asarray(raters)
+    if counts.ndim == 0:
+        checks.integer("raters", raters, 1)
     checks.integer("n", n, 1)
     r, e = _pair(empty_raters, empty_samples)
-    sums = torch.from_numpy(_existence_sums(r, e, raters, n).sum(0))
+    if counts.ndim and (counts.shape != r.shape or counts.dtype.kind not in "iu" or counts.min() < 1):
+        raise ValueError(
+            f"raters must be numbers of at least 1, one for each of the {len(r)} images, got {raters!r:.80}"
+        )
+    sums = torch.from_numpy(_existence_sums(r, e, counts, n).sum(0))
     return calibration_of_sums(sums)
 
 
-def existence_bins(raters: Any, samples: Any, bins: int = 10) -> torch.Tensor:
+def existence_bins(raters: Any, samples: Any, bins: int = 10, *, rater_valid: Any = None) -> torch.Tensor:
     """Images by the share of their samples that are empty: what a reliability table of existence is made of.
 
     Bins are ((k-1)/bins, k/bins], e = 0 in the first, as those of ``calibration_bins``. The sum over images is a table.
@@ -175,7 +190,11 @@ def existence_bins(raters: Any, samples: Any, bins: int = 10) -> torch.Tensor:
     """
     raters, samples = functional._same_images("raters", raters, "samples", samples)
     checks.integer("bins", bins, 1)
-    return functional._tensor(_existence_bins(_empty(raters), _empty(samples), samples.shape[1], bins), raters)
+
+    def of(raters: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+        return functional._tensor(_existence_bins(_empty(raters), _empty(samples), samples.shape[1], bins), raters)
+
+    return of_readers(raters, samples, rater_valid, of)
 
 
 def existence_table(empty_raters: Any, empty_samples: Any, n: int, bins: int = 10) -> torch.Tensor:
@@ -198,7 +217,7 @@ def existence_table(empty_raters: Any, empty_samples: Any, n: int, bins: int = 1
     return torch.from_numpy(_existence_bins(*_pair(empty_raters, empty_samples), n, bins).sum(0))
 
 
-def existence_sums(raters: Any, samples: Any) -> torch.Tensor:
+def existence_sums(raters: Any, samples: Any, *, rater_valid: Any = None) -> torch.Tensor:
     """What ``calibration_of_sums`` needs of each image, to be added up over a data set.
 
     Returns:
@@ -208,8 +227,12 @@ def existence_sums(raters: Any, samples: Any) -> torch.Tensor:
         ValueError, TypeError: naming the argument.
     """
     raters, samples = functional._same_images("raters", raters, "samples", samples)
-    sums = _existence_sums(_empty(raters), _empty(samples), raters.shape[1], samples.shape[1])
-    return functional._tensor(sums, raters)
+
+    def of(raters: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+        sums = _existence_sums(_empty(raters), _empty(samples), raters.shape[1], samples.shape[1])
+        return functional._tensor(sums, raters)
+
+    return of_readers(raters, samples, rater_valid, of)
 
 
 def calibration_of_sums(sums: torch.Tensor) -> ExistenceCalibration:
@@ -223,7 +246,7 @@ def calibration_of_sums(sums: torch.Tensor) -> ExistenceCalibration:
 # ---------------------------------------------------------------------- arithmetic
 
 
-def _existence_sums(r: np.ndarray, e: np.ndarray, raters: int, n: int) -> np.ndarray:
+def _existence_sums(r: np.ndarray, e: np.ndarray, raters: int | np.ndarray, n: int) -> np.ndarray:
     variance = _variance(r, raters)
     columns = np.ones_like(r), (e - r) ** 2, variance / raters, variance * (1 / raters + 1 / n), r, r**2
     return np.stack(columns, axis=1)
@@ -245,9 +268,9 @@ def _between(iou: np.ndarray) -> np.ndarray:
     return (1 - iou).sum((1, 2)) / (m * (m - 1)) if m > 1 else np.full(len(iou), np.nan)
 
 
-def _variance(share: np.ndarray, count: int) -> np.ndarray:
+def _variance(share: np.ndarray, count: int | np.ndarray) -> np.ndarray:
     """The unbiased estimate of p (1 - p) from the share of ``count`` draws; NaN for one draw."""
-    return share * (1 - share) * count / (count - 1) if count > 1 else np.full_like(share, np.nan)
+    return np.where(np.greater(count, 1), share * (1 - share) * count / np.maximum(np.subtract(count, 1), 1), np.nan)
 
 
 def _empty(masks: torch.Tensor) -> np.ndarray:

@@ -3,7 +3,8 @@
 
 ``raters`` is (N, R, *shape) and ``samples`` (N, n, *shape), of the same N images: tensors or arrays of any real type,
 in which anything but zero is one. So a map of probabilities has to be thresholded first. Results are (N,) float64 on
-the device of the raters.
+the device of the raters. Where not everybody read every image, ``rater_valid`` (N, R) says who did: an image's metrics
+are of its readers alone, and what the others' masks hold plays no part.
 
 Two small tables of an image say all that any metric needs of its masks: the *overlaps* of any two of them
 (``ops.overlap``), and the *histogram of votes*, which counts the pixels that r raters and s samples mark. ``evaluate``
@@ -28,6 +29,7 @@ from berdiff_fast.metrics.from_counts import (
     iou_of,
     votes_of,
 )
+from berdiff_fast.metrics.readers import of_readers
 
 # ---------------------------------------------------------------------- one metric
 
@@ -49,7 +51,7 @@ def iou_distance(a: Any, b: Any) -> torch.Tensor:
     return _tensor(1 - iou_of(a, b)[:, :count, count:], a)
 
 
-def generalized_energy_distance(raters: Any, samples: Any) -> torch.Tensor:
+def generalized_energy_distance(raters: Any, samples: Any, *, rater_valid: Any = None) -> torch.Tensor:
     """GED^2 = 2 E d(Y, S) - E d(Y, Y') - E d(S, S') over all ordered pairs, i = j included; lower is better.
 
     The published evaluation (Kohl et al., arXiv 1806.05034, with the raters and samples at hand as the distributions).
@@ -64,10 +66,10 @@ def generalized_energy_distance(raters: Any, samples: Any) -> torch.Tensor:
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    return evaluate(raters, samples, ("ged",))["ged"]
+    return evaluate(raters, samples, ("ged",), rater_valid=rater_valid)["ged"]
 
 
-def hm_iou(raters: Any, samples: Any) -> torch.Tensor:
+def hm_iou(raters: Any, samples: Any, *, rater_valid: Any = None) -> torch.Tensor:
     """Hungarian-matched IoU: the mean IoU of pairs under the best one-to-one matching; higher is better.
 
     The raters are repeated to n masks (Kohl et al., arXiv 1905.13077; BerDiff's evaluation has n = 16 and R = 4). If n
@@ -85,10 +87,10 @@ def hm_iou(raters: Any, samples: Any) -> torch.Tensor:
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    return evaluate(raters, samples, ("hm_iou",))["hm_iou"]
+    return evaluate(raters, samples, ("hm_iou",), rater_valid=rater_valid)["hm_iou"]
 
 
-def sample_diversity(raters: Any, samples: Any) -> torch.Tensor:
+def sample_diversity(raters: Any, samples: Any, *, rater_valid: Any = None) -> torch.Tensor:
     """E d(S, S') over all ordered pairs of samples, i = j included: the last term of GED^2.
 
     Neither high nor low is good; it should equal that of the raters, ``sample_diversity(samples, raters)``.
@@ -103,10 +105,10 @@ def sample_diversity(raters: Any, samples: Any) -> torch.Tensor:
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    return evaluate(raters, samples, ("sample_diversity",))["sample_diversity"]
+    return evaluate(raters, samples, ("sample_diversity",), rater_valid=rater_valid)["sample_diversity"]
 
 
-def soft_dice(raters: Any, samples: Any) -> torch.Tensor:
+def soft_dice(raters: Any, samples: Any, *, rater_valid: Any = None) -> torch.Tensor:
     """The Dice of the two mean maps thresholded alike, averaged over the thresholds 0.1, 0.3, 0.5, 0.7 and 0.9.
 
     BerDiff's evaluation (after Ji et al., CVPR 2021): a pixel is marked where the mean is *above* the threshold, and
@@ -122,10 +124,10 @@ def soft_dice(raters: Any, samples: Any) -> torch.Tensor:
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    return evaluate(raters, samples, ("soft_dice",))["soft_dice"]
+    return evaluate(raters, samples, ("soft_dice",), rater_valid=rater_valid)["soft_dice"]
 
 
-def dice_majority(raters: Any, samples: Any) -> torch.Tensor:
+def dice_majority(raters: Any, samples: Any, *, rater_valid: Any = None) -> torch.Tensor:
     """Dice of the samples' majority vote with the raters'; higher is better.
 
     A pixel is marked where *more* than half of the masks mark it: a tie counts as background, as for a mean thresholded
@@ -141,10 +143,10 @@ def dice_majority(raters: Any, samples: Any) -> torch.Tensor:
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    return evaluate(raters, samples, ("dice_majority",))["dice_majority"]
+    return evaluate(raters, samples, ("dice_majority",), rater_valid=rater_valid)["dice_majority"]
 
 
-def iou_majority(raters: Any, samples: Any) -> torch.Tensor:
+def iou_majority(raters: Any, samples: Any, *, rater_valid: Any = None) -> torch.Tensor:
     """IoU of the samples' majority vote with the raters', with ties and empty votes as in ``dice_majority``.
 
     Args:
@@ -157,10 +159,10 @@ def iou_majority(raters: Any, samples: Any) -> torch.Tensor:
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    return evaluate(raters, samples, ("iou_majority",))["iou_majority"]
+    return evaluate(raters, samples, ("iou_majority",), rater_valid=rater_valid)["iou_majority"]
 
 
-def expected_calibration_error(raters: Any, samples: Any, bins: int = 10) -> torch.Tensor:
+def expected_calibration_error(raters: Any, samples: Any, bins: int = 10, *, rater_valid: Any = None) -> torch.Tensor:
     """ECE of the mean of the samples, as a probability of foreground, against the mean of the raters; per image.
 
     The pixels of an image are put into equal bins by the mean p of the samples: ((k-1)/bins, k/bins], p = 0 in the
@@ -179,10 +181,10 @@ def expected_calibration_error(raters: Any, samples: Any, bins: int = 10) -> tor
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    return calibration_error(calibration_bins(raters, samples, bins))
+    return calibration_error(calibration_bins(raters, samples, bins, rater_valid=rater_valid))
 
 
-def calibration_bins(raters: Any, samples: Any, bins: int = 10) -> torch.Tensor:
+def calibration_bins(raters: Any, samples: Any, bins: int = 10, *, rater_valid: Any = None) -> torch.Tensor:
     """What ``expected_calibration_error`` needs of each image. Sums over images give the error of all their pixels.
 
     Returns:
@@ -193,19 +195,26 @@ def calibration_bins(raters: Any, samples: Any, bins: int = 10) -> torch.Tensor:
     """
     raters, samples = _same_images("raters", raters, "samples", samples)
     checks.integer("bins", bins, 1)
-    return _tensor(bins_of_votes(vote_histogram(raters, samples).cpu().numpy(), bins), raters)
+
+    def of(raters: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+        return _tensor(bins_of_votes(vote_histogram(raters, samples).cpu().numpy(), bins), raters)
+
+    return of_readers(raters, samples, rater_valid, of)
 
 
 # ---------------------------------------------------------------------- several at once
 
 
-def evaluate(raters: Any, samples: Any, names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+def evaluate(
+    raters: Any, samples: Any, names: Sequence[str] | None = None, *, rater_valid: Any = None
+) -> dict[str, torch.Tensor]:
     """Several metrics from one pass over the masks.
 
     Args:
         raters: (N, R, *shape) masks.
         samples: (N, n, *shape) masks of the same shape.
         names: which, of ``METRICS``; all by default.
+        rater_valid: (N, R) of bool, or 0 and 1: who read which image; everybody everything by default.
 
     Returns:
         (N,) float64 for each name.
@@ -215,11 +224,11 @@ def evaluate(raters: Any, samples: Any, names: Sequence[str] | None = None) -> d
     """
     raters, samples = _same_images("raters", raters, "samples", samples)
     n = samples.shape[1]
-    return _evaluate(raters, samples, (n,), names)[n]
+    return of_readers(raters, samples, rater_valid, lambda r, s: _evaluate(r, s, (n,), names))[n]
 
 
 def evaluate_counts(
-    raters: Any, samples: Any, counts: Iterable[int], names: Sequence[str] | None = None
+    raters: Any, samples: Any, counts: Iterable[int], names: Sequence[str] | None = None, *, rater_valid: Any = None
 ) -> dict[int, dict[str, torch.Tensor]]:
     """``evaluate`` for the first ``n`` samples, for several n: how the metrics change with their number.
 
@@ -228,6 +237,7 @@ def evaluate_counts(
         samples: (N, n, *shape) masks of the same shape. Overlaps are counted once, for all of them.
         counts: numbers of samples, each from 1 to n.
         names: which, of ``METRICS``; all by default.
+        rater_valid: as in ``evaluate``.
 
     Returns:
         What ``evaluate`` gives, for each count.
@@ -239,7 +249,7 @@ def evaluate_counts(
     counts = tuple(checks.integer("counts", count, 1) for count in counts)
     if counts and max(counts) > samples.shape[1]:
         raise ValueError(f"counts must be at most the {samples.shape[1]} samples, got {max(counts)}")
-    return _evaluate(raters, samples, counts, names)
+    return of_readers(raters, samples, rater_valid, lambda r, s: _evaluate(r, s, counts, names))
 
 
 def vote_histogram(raters: Any, samples: Any) -> torch.Tensor:

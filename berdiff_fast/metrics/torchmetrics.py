@@ -9,8 +9,9 @@
 ...     evaluation.update(raters, bf.sample(model, images, n=16))
 >>> evaluation.compute()  # {"ged": tensor(...), "hm_iou": ...}
 
-``update`` takes raters (N, R, *shape) and samples (N, n, *shape), of a size that may change from call to call. All
-states are sums over images, so however images are spread over processes, the result is that of one process.
+``update`` takes raters (N, R, *shape) and samples (N, n, *shape), of a size that may change from call to call, and may
+be told who read which image, ``rater_valid`` (N, R). All states are sums over images, so however images are spread over
+processes, the result is that of one process.
 """
 
 from __future__ import annotations
@@ -55,14 +56,14 @@ class _MeansOverImages(Metric):
         self.add_state(self._totals, torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, raters: Any, samples: Any) -> None:
-        values = self._values(raters, samples)
+    def update(self, raters: Any, samples: Any, rater_valid: Any = None) -> None:
+        values = self._values(raters, samples, rater_valid)
         totals = getattr(self, self._totals)
         totals += torch.stack([values[name].sum() for name in self.names]).to(totals.device)
         self.images += len(raters)
 
-    def _values(self, raters: Any, samples: Any) -> dict[str, torch.Tensor]:
-        return functional.evaluate(raters, samples, self.names)
+    def _values(self, raters: Any, samples: Any, rater_valid: Any) -> dict[str, torch.Tensor]:
+        return functional.evaluate(raters, samples, self.names, rater_valid=rater_valid)
 
     def _means(self) -> torch.Tensor:
         return getattr(self, self._totals) / self.images
@@ -110,8 +111,8 @@ class GEDDecomposition(_MeansOverImages):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(decomposition.DECOMPOSITION, **kwargs)
 
-    def _values(self, raters: Any, samples: Any) -> dict[str, torch.Tensor]:
-        return decomposition.decompose_ged(raters, samples)
+    def _values(self, raters: Any, samples: Any, rater_valid: Any) -> dict[str, torch.Tensor]:
+        return decomposition.decompose_ged(raters, samples, rater_valid=rater_valid)
 
     def compute(self) -> dict[str, torch.Tensor]:
         return dict(zip(self.names, self._means(), strict=True))
@@ -178,8 +179,8 @@ class UnbiasedEnergyDistance(_MeanOverImages):
     name = "ged_unbiased"
     higher_is_better = False
 
-    def _values(self, raters: Any, samples: Any) -> dict[str, torch.Tensor]:
-        return decomposition.decompose_ged(raters, samples)
+    def _values(self, raters: Any, samples: Any, rater_valid: Any) -> dict[str, torch.Tensor]:
+        return decomposition.decompose_ged(raters, samples, rater_valid=rater_valid)
 
 
 class ExistenceError(Metric):
@@ -198,8 +199,9 @@ class ExistenceError(Metric):
         super().__init__(**kwargs)
         self.add_state("sums", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, raters: Any, samples: Any) -> None:
-        self.sums += decomposition.existence_sums(raters, samples).sum(0).to(self.sums.device)
+    def update(self, raters: Any, samples: Any, rater_valid: Any = None) -> None:
+        sums = decomposition.existence_sums(raters, samples, rater_valid=rater_valid)
+        self.sums += sums.sum(0).to(self.sums.device)
 
     def compute(self) -> torch.Tensor:
         return (self.sums[1] / self.sums[0]).sqrt()
@@ -230,8 +232,9 @@ class ExpectedCalibrationError(Metric):
         self.bins = checks.integer("bins", bins, 1)
         self.add_state("counts", torch.zeros(self.bins, 3, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, raters: Any, samples: Any) -> None:
-        self.counts += functional.calibration_bins(raters, samples, self.bins).sum(0).to(self.counts.device)
+    def update(self, raters: Any, samples: Any, rater_valid: Any = None) -> None:
+        bins = functional.calibration_bins(raters, samples, self.bins, rater_valid=rater_valid)
+        self.counts += bins.sum(0).to(self.counts.device)
 
     def compute(self) -> torch.Tensor:
         return functional.calibration_error(self.counts)

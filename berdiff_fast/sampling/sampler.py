@@ -17,6 +17,7 @@ from berdiff_fast import checks, ops
 from berdiff_fast.backends import select
 from berdiff_fast.model import BerDiff
 from berdiff_fast.network import graph, inference
+from berdiff_fast.regions import Regions, nest
 from berdiff_fast.sampling import arguments, loop, parallel_in_time
 from berdiff_fast.sampling.chunks import Chunk, Masks, in_chunks, max_batch
 from berdiff_fast.sampling.denoisers import CapturedDenoiser, Denoiser, Model, ModelDenoiser, PreparedDenoiser
@@ -259,6 +260,9 @@ class Sampler:
             found = self._run(denoiser, masks, flags, return_probability, advance)
         _raise(flags, self.plan, img.dtype)
         result = [torch.cat(parts).view(masks.shape) for parts in zip(*found, strict=True)]
+        regions = getattr(self.model, "regions", None)
+        if isinstance(regions, Regions) and regions.inside:
+            result = [nest(x, regions.inside, img.ndim - 2) for x in result]
         if return_modes:
             assert masks.classes is not None
             result.append(masks.classes)

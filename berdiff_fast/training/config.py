@@ -158,10 +158,16 @@ def _check(config: TrainConfig) -> None:
             "optimiser.batch_size must be a multiple of accumulation, got "
             f"{optimiser.batch_size} and {optimiser.accumulation}"
         )
-    if len(config.data.window) not in (0, 2):
-        raise ValueError(f"data.window must be LOW HIGH or nothing, got {list(config.data.window)}")
-    if config.data.window and not -math.inf < config.data.window[0] < config.data.window[1] < math.inf:
-        raise ValueError(f"data.window must be LOW HIGH with LOW below HIGH, got {list(config.data.window)}")
+    window = config.data.window
+    if len(window) % 2:
+        raise ValueError(f"data.window must be LOW HIGH, that of each channel, or nothing, got {list(window)}")
+    if not all(-math.inf < low < high < math.inf for low, high in zip(window[::2], window[1::2], strict=True)):
+        raise ValueError(f"data.window must be LOW HIGH with LOW below HIGH, got {list(window)}")
+    if bool(window) != (config.data.scaling == "window") and config.data.scaling != "auto":
+        raise ValueError(
+            f"data.window must be given exactly with scaling 'window' (or 'auto'), got {list(window)} with "
+            f"{config.data.scaling!r}"
+        )
     if augmentation.crop % network.halvings:
         raise ValueError(
             f"augmentation.crop must be a multiple of {network.halvings}, which the network halves down to, got "

@@ -78,16 +78,26 @@ def sample_slices(
         chosen = list(indices[start : start + batch])
         images, raters = slices.batch(chosen)
         seeds = [rng.splitmix64(seed, i) for i in chosen]
-        samples = sample(model, model.preprocess(images).to(device), n=n, seed=seeds, **options)
+        assert model.preprocessing is not None
+        img = model.preprocess(images, slices.statistics_for(model.preprocessing, chosen)).to(device)
+        samples = sample(model, img, n=n, seed=seeds, **options)
         assert isinstance(samples, torch.Tensor)
-        yield chosen, images, raters, samples.cpu()
+        samples = samples.cpu()
+        ignored = slices.ignored(chosen)
+        if ignored is not None:  # what does not count is marked by nobody
+            counts = ~torch.from_numpy(ignored)[:, None]
+            raters, samples = raters & counts, samples & counts
+        yield chosen, images, raters, samples
 
 
-def measure(raters: torch.Tensor, samples: torch.Tensor, counts: Sequence[int] = ()) -> list[dict[str, float]]:
-    """One dict for each image: ``NUMBERS`` of all samples, and GED of the first ``counts`` of them as ``ged_of_8``."""
+def measure(
+    raters: torch.Tensor, samples: torch.Tensor, counts: Sequence[int] = (), valid: np.ndarray | None = None
+) -> list[dict[str, float]]:
+    """One dict for each image: ``NUMBERS`` of all samples, and GED of the first ``counts`` of them as ``ged_of_8``;
+    against the raters who are ``valid`` (N, R)."""
     n = samples.shape[1]
-    columns = dict(metrics.evaluate(raters, samples, NUMBERS))
-    fewer = metrics.evaluate_counts(raters, samples, [c for c in counts if c < n], ["ged"])
+    columns = dict(metrics.evaluate(raters, samples, NUMBERS, rater_valid=valid))
+    fewer = metrics.evaluate_counts(raters, samples, [c for c in counts if c < n], ["ged"], rater_valid=valid)
     columns |= {f"ged_of_{c}": v["ged"] for c, v in fewer.items()}
     return [{k: float(v[i]) for k, v in columns.items()} for i in range(len(raters))]
 
@@ -97,16 +107,22 @@ def summarize(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return {k: float(np.mean([row[k] for row in rows])) for k in rows[0]} if rows else {}
 
 
-def yardstick(name: str, raters: torch.Tensor, n: int, seeds: Sequence[int]) -> torch.Tensor:
-    """n masks (N, n, K, H, W) of a predictor that looks at the raters.
+def yardstick(
+    name: str, raters: torch.Tensor, n: int, seeds: Sequence[int], valid: np.ndarray | None = None
+) -> torch.Tensor:
+    """n masks (N, n, K, H, W) of a predictor that looks at the raters who are ``valid`` (N, R).
 
     "perfect" draws from the raters, as an exact model of them would; "majority" repeats what at least half of them
     marked; "empty" marks nothing.
     """
+    valid = np.ones(raters.shape[:2], bool) if valid is None else valid
     if name == "perfect":
-        picks = [np.random.default_rng(s).integers(raters.shape[1], size=n) for s in seeds]
+        who = [np.flatnonzero(row) for row in valid]
+        picks = [w[np.random.default_rng(s).integers(len(w), size=n)] for w, s in zip(who, seeds, strict=True)]
         return torch.stack([r[torch.from_numpy(p)] for r, p in zip(raters, picks, strict=True)])
-    one = 2 * raters.sum(1, keepdim=True) >= raters.shape[1] if name == "majority" else torch.zeros_like(raters[:, :1])
+    read = torch.from_numpy(valid).reshape(*valid.shape, *[1] * (raters.ndim - 2))
+    votes, count = (raters & read).sum(1, keepdim=True), read.sum(1, keepdim=True)
+    one = 2 * votes >= count if name == "majority" else torch.zeros_like(raters[:, :1])
     return one.expand(-1, n, *one.shape[2:])
 
 
@@ -195,18 +211,20 @@ def evaluate(
             num_processes=state.num_processes,
             **options,
         ):
+            valid, seeds = slices.rater_valid[indices], [rng.splitmix64(seed, i) for i in indices]
             predictors = {"model": samples}
-            predictors |= {y: yardstick(y, raters, n, [rng.splitmix64(seed, i) for i in indices]) for y in YARDSTICKS}
-            measured = {p: measure(raters, m, counts) for p, m in predictors.items()}
+            predictors |= {y: yardstick(y, raters, n, seeds, valid) for y in YARDSTICKS}
+            measured = {p: measure(raters, m, counts, valid) for p, m in predictors.items()}
             for p, m in predictors.items():
-                for column, values in findings.take_apart(raters, m).items():
+                for column, values in findings.take_apart(raters, m, valid).items():
                     for row, value in zip(measured[p], values.tolist(), strict=True):
                         row[column] = value
             for k, index in enumerate(indices):
                 rows.append({**slices.describe(index), **{p: numbers[k] for p, numbers in measured.items()}})
                 kept.append((index, np.packbits(samples[k].numpy(), axis=-1)))
             for p, m in predictors.items():
-                bins[p] = bins.get(p, 0) + metrics.calibration_bins(raters, m).sum(0).cpu().numpy()
+                found = metrics.calibration_bins(raters, m, rater_valid=valid)
+                bins[p] = bins.get(p, 0) + found.sum(0).cpu().numpy()
             bar.update(min(len(indices) * state.num_processes, bar.total - bar.n))
     # Summed in the order of the slices, so that the share-out leaves no trace.
     rows = sorted(gather_object(rows), key=lambda row: row["index"])
@@ -219,6 +237,7 @@ def evaluate(
     indices = [row["index"] for row in rows]
     groups = findings.groups(slices, indices)
     distinct = len(np.unique(groups))
+    readers = slices.rater_valid[indices].sum(1)
     summary: dict[str, Any] = {
         "weights": {"name": name, "sha256": _fingerprint(model)},
         "data": {
@@ -227,6 +246,9 @@ def evaluate(
             "of": len(slices),
             "patients": distinct if slices.names_patients else None,
             "raters": slices.raters,
+            "readers_per_slice": [int(readers.min()), int(readers.max())],
+            **({"channels": list(slices.channels)} if slices.channels else {}),
+            **({"regions": str(slices.regions)} if slices.regions else {}),
         },
         "sampling": {"n": n, "seed": seed, "batch": batch, **options},
         "versions": {
@@ -238,7 +260,7 @@ def evaluate(
         "indices": indices,
     }
     for p in predictors_seen:
-        summary[p] = findings.summarize([row[p] for row in rows], groups, slices.raters, n)
+        summary[p] = findings.summarize([row[p] for row in rows], groups, readers, n, slices.regions)
         summary[p]["ece_pooled"] = float(metrics.calibration_error(torch.from_numpy(pooled[p])))
     # Of the raters and n alone, so every predictor has the same.
     summary["floor"] = {

@@ -13,6 +13,7 @@ import torch
 
 from berdiff_fast import metrics
 from berdiff_fast.data.hdf5 import RaterDataset
+from berdiff_fast.regions import Regions
 
 #: What is told of a single mask channel beside ``metrics.DECOMPOSITION``.
 OF_REGIONS = ("ged", "hm_iou", "dice_majority")
@@ -24,16 +25,16 @@ _BOOTSTRAPS = 1000
 _FEW = 10
 
 
-def take_apart(raters: torch.Tensor, samples: torch.Tensor) -> dict[str, torch.Tensor]:
+def take_apart(raters: torch.Tensor, samples: torch.Tensor, valid: np.ndarray | None = None) -> dict[str, torch.Tensor]:
     """(N,) columns: GED taken apart, and for K > 1 mask channels what ``OF_REGIONS`` and that say of each of them.
 
-    Masks (N, R or n, K, H, W). Columns of channel 1 begin with ``region1_``.
+    Masks (N, R or n, K, H, W), of raters who are ``valid`` (N, R). Columns of channel 1 begin with ``region1_``.
     """
-    columns = dict(metrics.decompose_ged(raters, samples))
+    columns = dict(metrics.decompose_ged(raters, samples, rater_valid=valid))
     channels = raters.shape[2]
     for k in range(channels if channels > 1 else 0):
         one = raters[:, :, k : k + 1], samples[:, :, k : k + 1]
-        found = metrics.evaluate(*one, OF_REGIONS) | metrics.decompose_ged(*one)
+        found = metrics.evaluate(*one, OF_REGIONS, rater_valid=valid) | metrics.decompose_ged(*one, rater_valid=valid)
         columns |= {region_name(k, name): values for name, values in found.items()}
     return columns
 
@@ -73,13 +74,17 @@ def known(value: Any) -> Any:
 # ---------------------------------------------------------------------- summaries
 
 
-def summarize(rows: Sequence[dict[str, float]], of: np.ndarray, raters: int, n: int) -> dict[str, Any]:
+def summarize(
+    rows: Sequence[dict[str, float]], of: np.ndarray, raters: np.ndarray, n: int, named: Regions | None = None
+) -> dict[str, Any]:
     """Means of every number over slices, ``interval_95``, ``existence``, and ``regions`` where there are several.
 
     Args:
         rows: a dict for each slice, as ``evaluate.measure`` and ``take_apart`` fill it.
         of: (N,) each slice's group, see ``groups``.
-        raters, n: how many masks were compared.
+        raters: (N,) how many raters read each slice.
+        n: how many masks were compared with theirs.
+        named: what the mask's channels stand for.
     """
     channels = sum(name.endswith("_ged") and name.startswith("region") for name in rows[0])
     summary = _of_one({k: [row[k] for row in rows] for k in rows[0] if not k.startswith("region")}, of, raters, n)
@@ -88,6 +93,7 @@ def summarize(rows: Sequence[dict[str, float]], of: np.ndarray, raters: int, n: 
         summary["regions"] = [
             {
                 "channel": k,
+                **({} if named is None else {"name": named.names[k]}),
                 **_of_one({name: [row[region_name(k, name)] for row in rows] for name in names}, of, raters, n),
             }
             for k in range(channels)
@@ -95,7 +101,7 @@ def summarize(rows: Sequence[dict[str, float]], of: np.ndarray, raters: int, n: 
     return summary
 
 
-def _of_one(columns: dict[str, list[float]], of: np.ndarray, raters: int, n: int) -> dict[str, Any]:
+def _of_one(columns: dict[str, list[float]], of: np.ndarray, raters: np.ndarray, n: int) -> dict[str, Any]:
     summary: dict[str, Any] = {name: known(float(np.mean(values))) for name, values in columns.items()}
     summary["interval_95"] = {name: interval(columns[name], of) for name in WITH_INTERVAL if name in columns}
     r, e = np.array(columns["empty_raters"]), np.array(columns["empty_samples"])
@@ -140,8 +146,9 @@ def as_text(summary: dict[str, Any], numbers: Sequence[str], yardsticks: Sequenc
     ]
     for p, title in (("model", "model"), *((y, f"yardstick: {y}") for y in yardsticks)):
         lines.append(f"{title:24s}" + "".join(f"{summary[p][k]:11.3f}" for k in numbers))
-    floor, raters = summary["floor"]["ged"], data["raters"]
-    title = f"floor, {raters} rater{'s' * (raters > 1)}, n = {n}"
+    floor, (fewest, raters) = summary["floor"]["ged"], data["readers_per_slice"]
+    who = f"{raters} rater{'s' * (raters > 1)}" if fewest == raters else f"{fewest} to {raters} raters"
+    title = f"floor, {who}, n = {n}"
     lines.append(
         f"{title:24s}" + (f"{floor:11.3f}" if floor is not None else "  not known: of two raters one cannot tell")
     )
@@ -149,18 +156,18 @@ def as_text(summary: dict[str, Any], numbers: Sequence[str], yardsticks: Sequenc
     lines.append(_about("GED of the model", "ged", model, summary["bootstrap"]))
     fewer = {int(k.rpartition("_")[2]): v for k, v in model.items() if "_of_" in k}
     if fewer:
-        ends = {c: floor and f" (floor {floor * (1 / raters + 1 / c) / (1 / raters + 1 / n):.3f})" for c in fewer}
+        alike = floor and fewest == raters  # the floor of fewer samples follows from that of n
+        ends = {c: alike and f" (floor {floor * (1 / raters + 1 / c) / (1 / raters + 1 / n):.3f})" for c in fewer}
         told = ", ".join(f"{v:.3f} with {c}{ends[c] or ''}" for c, v in fewer.items())
         lines.append("GED with fewer samples: " + told)
     lines += _parts(model)
-    lines += _existence(model["existence"], raters, n)
+    lines += _existence(model["existence"], who, n)
     for region in model.get("regions", ()):
         lines.append("")
-        lines.append(
-            f"mask channel {region['channel']}: HM-IoU {region['hm_iou']:.3f}, Dice {region['dice_majority']:.3f}"
-        )
+        name = region.get("name") or f"mask channel {region['channel']}"
+        lines.append(f"{name}: HM-IoU {region['hm_iou']:.3f}, Dice {region['dice_majority']:.3f}")
         lines.append(_about("GED of the model", "ged", region, summary["bootstrap"]))
-        lines += _parts(region) + _existence(region["existence"], raters, n)
+        lines += _parts(region) + _existence(region["existence"], who, n)
     return "\n".join(lines)
 
 
@@ -194,13 +201,13 @@ def _with_ends(numbers: dict[str, Any], name: str) -> str:
     return f"{numbers[name]:.3f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
 
 
-def _existence(found: dict[str, Any], raters: int, n: int) -> list[str]:
+def _existence(found: dict[str, Any], raters: str, n: int) -> list[str]:
     ends = found["interval_95"]
     text = f"P(empty): RMSE {found['rmse']:.3f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
     beside = [f"{found['constant']:.3f} a constant"]
     if found["floor"] is not None:
         beside += [
-            f"{found['floor']:.3f} the true P among {raters} raters",
+            f"{found['floor']:.3f} the true P among {raters}",
             f"{found['floor_of_draws']:.3f} {n} draws of it",
         ]
     lines = [f"{text}; beside it: " + ", ".join(beside)]

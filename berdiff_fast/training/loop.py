@@ -137,8 +137,16 @@ def _losses(
     y_t = ops.q_sample(y_0, t, batch["noise_seed"], model.schedule)  # y_t ~ q(y_t | y_0), eq. 2
     logits = network(y_t, t, window.view(batch["img"]), *classes)  # z of epsilon_hat(y_t, t, x), or of y_0
     # KL(q(y_{t-1} | y_t, y_0) || p(y_{t-1} | y_t)) + lambda BCE(epsilon, epsilon_hat), in bits, eq. 8
+    ignore = None if "ignore" not in batch else window.cut(batch["ignore"]).contiguous()
     bits = ops.diffusion_loss(
-        logits, y_t, y_0, t, model.schedule, prediction=config.diffusion.prediction, **asdict(config.loss)
+        logits,
+        y_t,
+        y_0,
+        t,
+        model.schedule,
+        prediction=config.diffusion.prediction,
+        ignore=ignore,
+        **asdict(config.loss),
     )
     if model.mode_prior is None:
         return bits.mean(), bits.mean()

@@ -17,7 +17,10 @@ class Data(Section):
     Args:
         train: HDF5 file to train on
         validation: HDF5 file to validate on; none: no validation
-        window: LOW HIGH: clip intensities to this window; none: each image's own range
+        window: LOW HIGH: clip intensities to this window; or LOW HIGH of each channel in turn; none: do not clip
+        scaling: of intensities: min-max, window, z-score, or auto: by the window if there is one, by the z-score of the
+            volume where the file tells its statistics, else min-max
+        per_channel: scale each channel by itself: auto (if there are several), true or false
         in_memory: read the data files at once
         on_device: keep the slices where the model trains: auto (if they fit), true or false
         workers: processes that prepare batches of other slices; 0: the training process itself
@@ -26,6 +29,8 @@ class Data(Section):
     train: str = ""
     validation: str = ""
     window: tuple[float, ...] = ()
+    scaling: Literal["auto", "min-max", "window", "z-score"] = "auto"
+    per_channel: Literal["auto", "true", "false"] = "auto"
     in_memory: bool = True
     on_device: Literal["auto", "true", "false"] = "auto"
     workers: int = 0

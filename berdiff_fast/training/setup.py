@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -17,7 +19,8 @@ from berdiff_fast.model import BerDiff
 from berdiff_fast.network.prior import ModePrior
 from berdiff_fast.network.unet import UNet
 from berdiff_fast.network.window import Window
-from berdiff_fast.preprocessing import Preprocessing
+from berdiff_fast.preprocessing import Preprocessing, warn_of_ranges
+from berdiff_fast.regions import Regions
 from berdiff_fast.schedule import NoiseSchedule
 from berdiff_fast.training import on_cpu
 from berdiff_fast.training.config import TrainConfig
@@ -40,6 +43,9 @@ def build_model(
     img_channels: int,
     size: tuple[int, int] | None = None,
     *,
+    preprocessing: Preprocessing | None = None,
+    channels: tuple[str, ...] | None = None,
+    regions: Regions | None = None,
     meta: bool = False,
 ) -> BerDiff:
     """The untrained model of a run.
@@ -48,6 +54,8 @@ def build_model(
         config: the run.
         mask_channels, img_channels: K and C of its data.
         size: height and width of its images, which preprocessing then asks for.
+        preprocessing: of its images; by default what the config says of any.
+        channels, regions: what its channels are called, and what those of its masks stand for.
         meta: make no memory for its weights.
 
     Raises:
@@ -71,17 +79,56 @@ def build_model(
             num_classes=len(config.prior.edges) + 2 if config.prior.enabled else 0,
         )
         prior = _build_prior(config, img_channels) if config.prior.enabled else None
-    window = (config.data.window[0], config.data.window[1]) if config.data.window else None
     return BerDiff(
         network,
         build_schedule(config),
         config.diffusion.prediction,
-        preprocessing=Preprocessing("window" if window else "min-max", window, size=size),
+        preprocessing=preprocessing or preprocessing_of(config, img_channels, size=size),
         spacing=config.diffusion.spacing,
         output_crop=c.output_crop,
         context=c.context,
         distance=c.distance,
         mode_prior=prior,
+        channels=channels,
+        regions=regions,
+    )
+
+
+def preprocessing_of(
+    config: TrainConfig,
+    img_channels: int,
+    *,
+    has_statistics: bool = False,
+    size: tuple[int, int] | None = None,
+    pixel_spacing: tuple[float, float] | None = None,
+    foreground: bool = False,
+) -> Preprocessing:
+    """How images are scaled, by the config and by what their file tells.
+
+    Args:
+        config: the run.
+        img_channels: C.
+        has_statistics: whether the file tells those of the slices' volumes.
+        size, pixel_spacing, foreground: of its slices, see ``Preprocessing``.
+
+    Raises:
+        ValueError: windows that are not one, or one for each channel.
+    """
+    data = config.data
+    mode = data.scaling
+    if mode == "auto":
+        mode = "window" if data.window else "z-score" if has_statistics else "min-max"
+    windows: Any = tuple(zip(data.window[::2], data.window[1::2], strict=True))
+    if len(windows) > 1 and len(windows) != img_channels:
+        raise ValueError(f"data.window must be one window, or one for each of {img_channels} channels, got {windows}")
+    return Preprocessing(
+        mode,
+        (windows if len(windows) > 1 else windows[0]) if windows else None,
+        size=size,
+        pixel_spacing=pixel_spacing,
+        per_channel=img_channels > 1 if data.per_channel == "auto" else data.per_channel == "true",
+        by_volume=has_statistics and mode != "window",
+        foreground=foreground,
     )
 
 
@@ -110,7 +157,7 @@ def check(config: TrainConfig) -> None:
         ValueError, TypeError: naming the argument of ``NoiseSchedule``, ``UNet``, ``Window`` or ``ModePrior``.
     """
     build_schedule(config).subsequence(config.validation.steps, config.diffusion.spacing)
-    build_model(config, mask_channels=1, img_channels=1, meta=True)
+    build_model(config, mask_channels=1, img_channels=max(len(config.data.window) // 2, 1), meta=True)
 
 
 def read_data(config: TrainConfig) -> tuple[RaterDataset, RaterDataset | None]:
@@ -143,9 +190,13 @@ def _check_data(config: TrainConfig, slices: RaterDataset, held_out: RaterDatase
             )
         if data.image_size[0] != data.image_size[1] and config.augmentation.rotate90 and data is slices:
             raise ValueError(f"augmentation.rotate90 needs square images, and {data.path} has {data.image_size}")
+    if slices.img_channels > 1 and config.data.per_channel == "false":
+        few = slices.whole()[0] if slices.in_memory else slices.batch([0, len(slices) // 2])[0].numpy()
+        axes = (0, 2, 3)
+        warn_of_ranges(few.min(axes).tolist(), few.max(axes).tolist(), str(slices.path))
     if held_out is not None:
         check_disjoint(slices, held_out)
-        for name in ("img_channels", "mask_channels"):
+        for name in ("img_channels", "mask_channels", "channels", "regions", "pixel_spacing"):
             if getattr(slices, name) != getattr(held_out, name):
                 raise ValueError(
                     f"data.validation must have the {name} of data.train, {getattr(slices, name)}, got "
@@ -156,7 +207,21 @@ def _check_data(config: TrainConfig, slices: RaterDataset, held_out: RaterDatase
 def initial_model(config: TrainConfig, slices: RaterDataset, device: torch.device) -> BerDiff:
     """The model as a run starts with it: random weights by the seed, or those of ``network.initial_weights``."""
     torch.manual_seed(rng.signed64(rng.splitmix64(config.seed, 0)))
-    model = build_model(config, slices.mask_channels, slices.img_channels, slices.image_size)
+    model = build_model(
+        config,
+        slices.mask_channels,
+        slices.img_channels,
+        preprocessing=preprocessing_of(
+            config,
+            slices.img_channels,
+            has_statistics=slices.statistics is not None,
+            size=slices.image_size,
+            pixel_spacing=slices.pixel_spacing,
+            foreground=slices.foreground,
+        ),
+        channels=slices.channels,
+        regions=slices.regions,
+    )
     if config.network.initial_weights:
         _start_from(config.network.initial_weights, model)
     model.to(device)

@@ -42,7 +42,8 @@ def validate(
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     ):
-        rows += [{"slice": i, **numbers} for i, numbers in zip(chosen, evaluate.measure(raters, samples), strict=True)]
+        measured = evaluate.measure(raters, samples, valid=held_out.rater_valid[chosen])
+        rows += [{"slice": i, **numbers} for i, numbers in zip(chosen, measured, strict=True)]
         preview = preview or (images, raters, samples)
     rows = sorted(gather_object(rows), key=lambda row: row.pop("slice"))
     if not accelerator.is_main_process:
@@ -64,9 +65,12 @@ def validate_prior(model: BerDiff, held_out: RaterDataset) -> dict[str, float]:
     chosen = evaluate.spread(len(held_out), _PRIOR_SLICES)
     for start in range(0, len(chosen), 64):
         images, raters = held_out.batch(chosen[start : start + 64])
-        p = model.prior(model.preprocess(images).to(device)).double().cpu()
+        assert model.preprocessing is not None
+        statistics = held_out.statistics_for(model.preprocessing, chosen[start : start + 64])
+        p = model.prior(model.preprocess(images, statistics).to(device)).double().cpu()
         classes = size_class(model.output_window.cut(raters), model.mode_prior.edges)
-        shares = torch.nn.functional.one_hot(classes, p.shape[1]).double().mean(1)
+        read = torch.from_numpy(held_out.rater_valid[chosen[start : start + 64]])[..., None]
+        shares = (torch.nn.functional.one_hot(classes, p.shape[1]).double() * read).sum(1) / read.sum(1)
         nats.append(-(shares * p.clamp(min=1e-7).log()).sum(1))
         errors.append((p[:, 0] - shares[:, 0]).square())
     return {

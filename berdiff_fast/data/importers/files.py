@@ -57,9 +57,10 @@ def write_files(
                     "parameters": json.dumps(parameters),
                 }
                 path = folder / f"{name}.h5"
-                writers[name] = Writer(path, planned[name], reader.size, reader.raters, attributes)
+                writers[name] = Writer(path, planned[name], reader.size, (reader.raters, *reader.size), attributes)
                 stack.callback(writers[name].close)
-            writers[name].append(*pair, ids[one.patient], nodules[one.patient][one.nodule], one)
+            number = nodules[one.patient][one.nodule]
+            writers[name].append(*pair, ids[one.patient], number, one, reader.valid(one))
             if index // every >= len(shown):
                 shown.append(pair)
         done = {name: writer.finish() for name, writer in writers.items()}

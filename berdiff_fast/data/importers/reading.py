@@ -21,7 +21,7 @@ class Reader:
         raters: int,
         size: tuple[int, int] | None,
         fit: str,
-        missing_is_empty: bool,
+        missing: str,
         threshold: float | None,
         window: tuple[float, float] | None,
         problems: Problems,
@@ -30,7 +30,7 @@ class Reader:
         self.raters = raters
         self.size = size
         self.fit = fit
-        self.missing_is_empty = missing_is_empty
+        self.missing = missing
         self.threshold = threshold
         self.window = window
         self.problems = problems
@@ -42,6 +42,8 @@ class Reader:
         before = len(self.problems.found)
         raw = self._try(one.image, lambda: pixels.read(self.root / one.image)[0])
         masks = [self._mask(one, rater, raw) for rater in range(self.raters)]
+        if self.missing == "absent" and not one.masks:
+            self.problems.add(one.image, "nobody read it: there is no mask of any rater")
         if len(self.problems.found) > before or raw is None:
             return None
         if self.size is None:
@@ -58,9 +60,13 @@ class Reader:
         fitted = [self._fitted(empty if mask is None else mask, size, nearest=True) for mask in masks]
         return image, np.stack(fitted)
 
+    def valid(self, one: Slice) -> np.ndarray:
+        """Who read a slice, (R,) bool."""
+        return np.array([self.missing != "absent" or rater in one.masks for rater in range(self.raters)])
+
     def _mask(self, one: Slice, rater: int, image: np.ndarray | None) -> np.ndarray | None:
         if rater not in one.masks:
-            if not self.missing_is_empty:
+            if self.missing == "error":
                 self.problems.add(one.image, f"the mask of rater {rater} is missing")
             return None
 

@@ -13,8 +13,8 @@ from berdiff_fast.data.importers.trees import Problem
 from berdiff_fast.data.importers.writing import SplitReport
 from berdiff_fast.words import shown
 
-#: Version of the HDF5 layout and of splits.json.
-FORMAT = 1
+#: Version of the HDF5 layout and of splits.json: 1 had no ``rater_valid``, and is read as it was.
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ def import_tree(
 ) -> Report:
     """Turn a tree of files into train.h5, val.h5, test.h5, splits.json, import.json and preview.png.
 
-    Each HDF5 file holds image (N, H, W) uint8, mask (N, R, H, W) uint8 of 0 and 1, patient_id, nodule and slice (N,)
-    int32, and the strings patient and path (N,); see docs/data.md.
+    Each HDF5 file holds image (N, H, W) uint8, mask (N, R, H, W) uint8 of 0 and 1, rater_valid (N, R) uint8,
+    patient_id, nodule and slice (N,) int32, and the strings patient and path (N,); see docs/data.md.
 
     Args:
         source: the tree's root.
@@ -73,7 +73,8 @@ def import_tree(
         fit: what becomes of slices of another size: "exact" makes them errors, "resize" resizes them (images bilinear
             and antialiased, masks nearest neighbour), "crop" takes the middle. The latter two need ``size``.
         raters: R; by default one more than the largest number of a rater in the tree.
-        missing_mask: "error", or "empty": a rater without a file marked nothing.
+        missing_mask: "error"; "empty": a rater without a file marked nothing; or "absent": the rater did not read the
+            slice, which counts neither in training nor in any metric.
         on_error: "stop" at the first bad file, or "skip" its slice and list it in ``Report.problems``.
         threshold: share of its range, in (0, 1), above which a pixel is inside. By default only JPEG masks are
             thresholded, at 0.5, and other masks of more than two values are errors.
@@ -98,7 +99,7 @@ def import_tree(
     root, target = Path(source), Path(output)
     check_choice("layout", layout, ("auto", *LAYOUTS))
     check_choice("fit", fit, FITS)
-    check_choice("missing_mask", missing_mask, ("error", "empty"))
+    check_choice("missing_mask", missing_mask, ("error", "empty", "absent"))
     check_choice("on_error", on_error, ("stop", "skip"))
     shares = None if split is None else shares_of(split)
     checks.integer("seed", seed, 0)
@@ -165,7 +166,7 @@ def import_tree(
         "window": None if limits is None else list(limits),
         "patient_pattern": patient_pattern if kind == "plain" else None,
     }
-    reader = Reader(root, raters or found, exact_size, fit, missing_mask == "empty", threshold, limits, problems)
+    reader = Reader(root, raters or found, exact_size, fit, missing_mask, threshold, limits, problems)
     ids, numbered = numbers(list({one.patient for one in slices}))
     if not numbered:
         notes.append("patient_id is a patient's place in sorted order: not all names end in a number of their own")

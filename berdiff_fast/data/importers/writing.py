@@ -28,8 +28,9 @@ class SplitReport:
 
     Attributes:
         patients, slices: how many.
-        empty_masks: for each rater, the slices in which the rater marked nothing; (R,).
-        missing_masks: for each rater, those of them that had no file; (R,).
+        empty_masks: for each rater, the slices that the rater read and marked nothing in; (R,).
+        missing_masks: for each rater, those of them that had no file; (R,). Where such are absent, the rater did not
+            read these slices, and they are not among the empty ones.
     """
 
     patients: int
@@ -44,34 +45,62 @@ class Writer:
     Args:
         path: the file, which is replaced.
         count: the most slices.
-        size: (H, W) in pixels.
-        raters: R.
+        image_shape: (H, W) or (C, H, W).
+        mask_shape: (R, H, W) or (R, K, H, W).
         attributes: what the file says of itself.
+        dtype: of the images.
+        statistics: whether slices come with those of their volumes.
 
     Every method raises the OSError of the disk. Call ``close`` whatever happens.
     """
 
-    def __init__(self, path: Path, count: int, size: tuple[int, int], raters: int, attributes: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        count: int,
+        image_shape: tuple[int, ...],
+        mask_shape: tuple[int, ...],
+        attributes: dict[str, Any],
+        dtype: Any = np.uint8,
+        statistics: bool = False,
+    ) -> None:
         import h5py
 
-        self.raters = raters
+        self.raters = raters = mask_shape[0]
         self.rows: list[tuple[int, int, int, str, str]] = []
         self.empty = np.zeros(raters, np.int64)
         self.missing = np.zeros(raters, np.int64)
+        self.valid: list[np.ndarray] = []
         self._disk = _Disk(path, "w+")
         with self._writing():
             self._file = h5py.File(self._disk, "w")
             self._file.attrs.update(attributes)
-            self._image = self._pixels("image", count, size)
-            self._mask = self._pixels("mask", count, (raters, *size))
+            self._image = self._pixels("image", count, image_shape, dtype)
+            self._mask = self._pixels("mask", count, mask_shape, np.uint8)
+        self._statistics: list[np.ndarray] | None = [] if statistics else None
 
-    def append(self, image: np.ndarray, masks: np.ndarray, patient_id: int, nodule: int, one: Slice) -> None:
-        """Write a slice: image (H, W), masks (R, H, W)."""
+    def append(
+        self,
+        image: np.ndarray,
+        masks: np.ndarray,
+        patient_id: int,
+        nodule: int,
+        one: Slice,
+        valid: np.ndarray | None = None,
+        statistics: np.ndarray | None = None,
+    ) -> None:
+        """Write a slice: image ([C,] H, W), masks (R, [K,] H, W), who read it, (R,) bool, everybody by default, and the
+        statistics (C, 4) of its volume."""
+        valid = np.ones(self.raters, bool) if valid is None else valid
         with self._writing():
             self._image[len(self.rows)] = image
             self._mask[len(self.rows)] = masks
         self.rows.append((patient_id, nodule, one.number, one.patient, one.image))
-        self.empty += ~masks.any(axis=(1, 2))
+        self.valid.append(valid)
+        self.empty += ~masks.reshape(self.raters, -1).any(axis=1) & valid
+        if self._statistics is not None:
+            assert statistics is not None
+            self._statistics.append(statistics)
         self.missing += [rater not in one.masks for rater in range(self.raters)]
 
     def finish(self) -> SplitReport:
@@ -84,6 +113,9 @@ class Writer:
                 dataset.resize(len(self.rows), axis=0)
             for name, column in zip(("patient_id", "nodule", "slice"), columns[:3], strict=True):
                 self._file.create_dataset(name, data=np.array(column, np.int32))
+            self._file.create_dataset("rater_valid", data=np.stack(self.valid).astype(np.uint8))
+            if self._statistics is not None:
+                self._file.create_dataset("statistics", data=np.stack(self._statistics))
             for name, column in zip(("patient", "path"), columns[3:], strict=True):
                 self._file.create_dataset(name, data=list(column), dtype=h5py.string_dtype())
             self._file.close()
@@ -102,10 +134,10 @@ class Writer:
                 self._file.close()
             self._disk.close()
 
-    def _pixels(self, name: str, count: int, shape: tuple[int, ...]) -> Any:
+    def _pixels(self, name: str, count: int, shape: tuple[int, ...], dtype: Any) -> Any:
         # A chunk per slice: a reader of single slices in any order decompresses nothing in vain.
         full, chunk = (count, *shape), (1, *shape)
-        return self._file.create_dataset(name, full, np.uint8, maxshape=full, chunks=chunk, compression="gzip")
+        return self._file.create_dataset(name, full, dtype, maxshape=full, chunks=chunk, compression="gzip")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
