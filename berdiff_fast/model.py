@@ -292,7 +292,7 @@ class BerDiff(nn.Module):
         # Only what is used is named: files of other models are what they were.
         window = self.output_window
         used = {"output_crop": window.size, "context": window.context, "distance": window.distance}
-        config |= {name: value for name, value in used.items() if value}
+        config.update({name: value for name, value in used.items() if value})
         if self.mode_prior is not None:
             config["mode_prior"] = self.mode_prior.config
         if self.channels is not None:
@@ -363,7 +363,7 @@ class BerDiff(nn.Module):
 
 def fingerprint(model: BerDiff) -> str:
     """SHA-256 of a model's description and weights."""
-    what = {
+    what: dict[str, Any] = {
         "network": model.network.config if isinstance(model.network, UNet) else repr(model.network),
         "schedule": model.schedule.to_config(),
         "prediction": model.prediction,

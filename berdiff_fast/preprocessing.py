@@ -108,6 +108,7 @@ class Preprocessing:
                         "model.preprocessing.statistics of the volume (1, C, S, H, W)"
                     )
                 statistics = self.statistics(raw)
+            assert statistics is not None  # only a window has none
             first, second = (_as_wide(s.to(x.dtype), x.ndim) for s in statistics)
             if self.mode == "z-score":
                 return ((x - first) / second.clamp(min=1e-12)).float()

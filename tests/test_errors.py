@@ -259,7 +259,11 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         T,
         "preprocessing must be a Preprocessing or None, got str",
     ),
-    "preprocessing mode": (call(Preprocessing, "z-score"), V, "mode must be 'min-max' or 'window', got 'z-score'"),
+    "preprocessing mode": (
+        call(Preprocessing, "zscore"),
+        V,
+        "mode must be 'min-max', 'window' or 'z-score', got 'zscore'",
+    ),
     "window missing": (call(Preprocessing, "window"), V, "window must be given exactly when .*got window=None"),
     "window superfluous": (
         call(Preprocessing, window=(0, 1)),

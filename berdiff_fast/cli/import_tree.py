@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional, arg, create_mutex_group
 
@@ -16,13 +16,18 @@ _FIT = create_mutex_group(required=False, title="slices of another size")
 
 @dataclass(frozen=True)
 class Import(Command):
-    """Turn a tree of PNG, JPEG, TIFF or NPY files into HDF5 files for training, split by patient.
+    """Turn a tree of pictures or volumes into HDF5 files for training, split by patient.
 
     layouts (--layout auto tells them apart):
       slices   PATIENT/NODULE/{images,mask-0,mask-1,...}/slice-N.png
       cimd     CASE/{image_N.jpg,label0_.jpg,label1_.jpg,...}
       berdiff  {train,val,test}/{images/PATIENT/z-105.0_c0.png,gt/PATIENT/z-105.0_c0_l0.png,...}
       plain    {images,masks_0,masks_1,...}/NAME.png
+    of volumes (NIfTI, MetaImage, NRRD), with several channels and raters:
+      brats    CASE/CASE_{flair,t1,t1ce,t2,seg}.nii.gz, or CASE-{t2f,t1n,t1c,t2w,seg}.nii.gz; CASE_seg_0.nii.gz, ...
+      nnunet   {imagesTr/CASE_0000.nii.gz,labelsTr/CASE.nii.gz,dataset.json}
+      qubiq    CASE/{image.nii.gz,task01_seg01.nii.gz,task01_seg02.nii.gz,...}
+      pattern  as --image-pattern '{case}/{channel}{ext}' --mask-pattern '{case}/reader{rater}{ext}' say
 
     examples:
       berdiff-fast import LIDC-slices data/lidc
@@ -30,13 +35,15 @@ class Import(Command):
       berdiff-fast import tree data/mine --split-file data/lidc/splits.json
       berdiff-fast import tree data/mine --size 128 128 --crop
       berdiff-fast import ct data/ct --layout plain --window -1000 400 --patient-pattern '(?P<patient>[^-]+)-'
+      berdiff-fast import BraTS2021 data/brats --regions WT=1,2,4 TC=1,4 ET=4
 
-    Nothing is written unless everything is. Hounsfield units are lost: images become 8 bits. More: docs/data.md
+    Nothing is written unless everything is. Pictures become 8 bits: Hounsfield units are lost. Volumes keep their
+    units. More: docs/data.md
 
     Args:
         source: the tree's root
         output: the folder to write
-        layout: auto, slices, cimd, berdiff or plain
+        layout: auto, slices, cimd, berdiff, plain, brats, nnunet, qubiq or pattern
         split: train/val/test in per cent; none: the tree's own splits, else 70/10/20
         seed: fixes the split
         split_file: the splits.json of another import, instead
@@ -49,6 +56,14 @@ class Import(Command):
         threshold: share of a mask's range above which a pixel is inside; none: 0.5 for JPEG, else no threshold
         window: what becomes 0 and 255; none: each slice's range
         patient_pattern: finds the patient in a plain tree's names; none: up to a '_'
+        channels: of volumes: which, in this order; none: the layout's
+        regions: of volumes: NAME=LABEL,LABEL,... of each channel of the masks; none: dataset.json's, whole tumour
+        other_labels: of volumes: what a label is that no region names: error or background
+        empty_share: of volumes: share of the slices without a mark that is taken
+        plane: of volumes: axial, coronal or sagittal slices
+        foreground: of volumes: cut around what is not 0: auto (brats), true or false
+        image_pattern: of the layout pattern: a path with {case}, {channel} and {ext}
+        mask_pattern: of the layout pattern: a path with {case}, {rater} and {ext}
         overwrite: replace an earlier import
         preview: write preview.png, or not
         quiet: no progress bar, no words but errors
@@ -72,16 +87,91 @@ class Import(Command):
     threshold: Annotated[float | None, arg(metavar="SHARE")] = None
     window: Annotated[tuple[float, float] | None, arg(metavar="LOW HIGH")] = None
     patient_pattern: Annotated[str | None, arg(metavar="REGEX")] = None
+    channels: tuple[str, ...] = ()
+    regions: Annotated[tuple[str, ...], arg(metavar="NAME=LABELS")] = ()
+    other_labels: str = "error"
+    empty_share: float = 0.1
+    plane: Literal["axial", "coronal", "sagittal"] = "axial"
+    foreground: Literal["auto", "true", "false"] = "auto"
+    image_pattern: str | None = None
+    mask_pattern: str | None = None
     overwrite: Flag = False
     preview: Flag = True
     quiet: Flag = False
     json: Flag = False
 
     def run(self) -> int:
+        layout = self._volumes()
+        report = self._import_tree() if layout is None else self._import_volumes(layout)
+        if self.json:
+            print(report.to_json(), end="")
+        elif not self.quiet:
+            print(shown(report.to_text(), lines=True))
+        return 0
+
+    def _volumes(self) -> Any:
+        """The layout of volumes that is asked for, or that the tree has; None for pictures."""
+        from pathlib import Path
+
+        from berdiff_fast.data.importers.arguments import check_source
+        from berdiff_fast.data.importers.cases import VOLUME_LAYOUTS, VolumeLayout, compiled, detect_volumes
+
+        if (self.layout == "pattern") != bool(self.image_pattern and self.mask_pattern):
+            raise ValueError("image_pattern and mask_pattern must be given exactly with --layout pattern")
+        if self.layout == "pattern":
+            images, masks = str(self.image_pattern), str(self.mask_pattern)
+            for name, template in (("image_pattern", images), ("mask_pattern", masks)):
+                try:
+                    compiled(template)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+            return VolumeLayout(f"{images} with {masks}", (images,), (masks,))
+        if self.layout in VOLUME_LAYOUTS:
+            return self.layout
+        if self.layout != "auto":
+            return None
+        check_source(Path(self.source))
+        found = detect_volumes(Path(self.source))
+        if len(found) > 1:
+            seen = "; ".join(f"{name!r} ({why})" for name, why in found.items())
+            raise ValueError(f"layout: {self.source} looks like several: {seen}. Name one")
+        return next(iter(found), None)
+
+    def _import_volumes(self, layout: Any) -> Any:
         from berdiff_fast.data import importers
 
+        for name in ("resize", "crop", "rater_count", "threshold", "window", "patient_pattern"):
+            if getattr(self, name) not in (None, False):
+                raise ValueError(f"{name} is for trees of pictures, and this is one of volumes")
+        return importers.import_volumes(
+            self.source,
+            self.output,
+            layout,
+            self.split,
+            self.seed,
+            split_file=self.split_file,
+            channels=self.channels,
+            regions=" ".join(self.regions) or None,
+            other_labels=self.other_labels,
+            size=self.size,
+            foreground=None if self.foreground == "auto" else self.foreground == "true",
+            empty_share=self.empty_share,
+            plane=self.plane,
+            missing_mask=self.missing_mask,
+            on_error=self.on_error,
+            overwrite=self.overwrite,
+            preview=self.preview,
+            progress=not self.quiet,
+        )
+
+    def _import_tree(self) -> Any:
+        from berdiff_fast.data import importers
+
+        for name in ("channels", "regions", "image_pattern", "mask_pattern"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is for trees of volumes, and this is one of pictures")
         options: dict[str, Any] = {} if self.patient_pattern is None else {"patient_pattern": self.patient_pattern}
-        report = importers.import_tree(
+        return importers.import_tree(
             self.source,
             self.output,
             self.layout,
@@ -100,8 +190,3 @@ class Import(Command):
             progress=not self.quiet,
             **options,
         )
-        if self.json:
-            print(report.to_json(), end="")
-        elif not self.quiet:
-            print(shown(report.to_text(), lines=True))
-        return 0

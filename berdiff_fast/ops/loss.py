@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -78,7 +79,7 @@ def diffusion_loss(
         backend = "reference"
     # The registered function knows of no gradient: where one is asked for, autograd has to see the op.
     if logits.requires_grad and torch.is_grad_enabled():
-        call = torch.ops.berdiff_fast.diffusion_loss
+        call: Any = torch.ops.berdiff_fast.diffusion_loss
     else:
         tensors = (logits, y_t, y_0, t) if ignore is None else (logits, y_t, y_0, t, ignore)
         call = entry("diffusion_loss", ("logits", "y_t", "y_0", "t", "ignore"), *tensors)

@@ -10,6 +10,7 @@ from berdiff_fast.data.importers.report import FORMAT, Report
 from berdiff_fast.data.importers.splits import split_of
 from berdiff_fast.data.importers.tree_import import import_tree
 from berdiff_fast.data.importers.trees import Problem
+from berdiff_fast.data.importers.volume_import import import_volumes
 from berdiff_fast.data.importers.writing import SplitReport
 
-__all__ = ["FORMAT", "Problem", "Report", "SplitReport", "import_tree", "split_of"]
+__all__ = ["FORMAT", "Problem", "Report", "SplitReport", "import_tree", "import_volumes", "split_of"]

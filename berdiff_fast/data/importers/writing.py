@@ -103,6 +103,11 @@ class Writer:
             self._statistics.append(statistics)
         self.missing += [rater not in one.masks for rater in range(self.raters)]
 
+    def tell(self, name: str, value: Any) -> None:
+        """What the file says of itself, known only now."""
+        with self._writing():
+            self._file.attrs[name] = value
+
     def finish(self) -> SplitReport:
         """Write what there is of each slice besides pixels, and close the file."""
         import h5py
