@@ -103,6 +103,11 @@ class Sample(Command):
         files = raters_io.read(self.raters, volume)
         raters = results.check_raters(files, volume)
         model = load(self.model).to(device)
+        if (model.img_channels or 1) > 1 or model.mask_channels > 1:
+            raise ValueError(
+                f"model: {self.model} has {model.img_channels} channels and {model.mask_channels} regions, and this "
+                "command takes scans of one; sample_volume (in Python) takes a scan of each channel"
+            )
         options: dict[str, Any] = dict(
             seed=self.seed,
             plane=self.plane,
@@ -126,6 +131,7 @@ class Sample(Command):
             sampled = scans.sample_volume(
                 model, volume, self.n, self.steps, work=work, progress=not self.quiet, **options
             )
+            assert isinstance(sampled, scans.SampledVolume)
             provenance = results.provenance(
                 volume,
                 sampled,

@@ -20,8 +20,9 @@ from berdiff_fast import checks, limits, locks, rng
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.model import BerDiff, fingerprint
 from berdiff_fast.sampling import Sampler
-from berdiff_fast.scans.sampled import SampledVolume
+from berdiff_fast.scans.sampled import SampledRegions, SampledVolume
 from berdiff_fast.scans.store import Store
+from berdiff_fast.scans.study import Study
 from berdiff_fast.scans.tiling import Tiling, check_range
 
 #: What is said before the work, and can be done without.
@@ -30,7 +31,7 @@ hints = logging.getLogger("berdiff_fast.hints")
 
 def sample_volume(
     model: BerDiff,
-    volume: Volume | np.ndarray,
+    volume: Volume | np.ndarray | Sequence[Volume],
     n: int = 16,
     steps: int | Sequence[int] = 10,
     *,
@@ -44,7 +45,7 @@ def sample_volume(
     work: str | os.PathLike[str] | None = None,
     progress: bool = False,
     **options: Any,
-) -> SampledVolume:
+) -> SampledVolume | SampledRegions:
     """n masks of each slice of a volume, which together are n masks of the volume.
 
     Mask k uses the same random numbers in every slice. Slices that look alike therefore have masks that are alike, mask
@@ -56,8 +57,9 @@ def sample_volume(
     (``output_crop``), it is the windows that cover the slice. Everything is undone on the way back.
 
     Args:
-        model: a ``BerDiff`` of images with one channel, with its preprocessing.
-        volume: from ``imaging.volumes.read``, or an array (S, H, W) or (H, W).
+        model: a ``BerDiff`` of images, with its preprocessing.
+        volume: from ``imaging.volumes.read``, or an array (S, H, W) or (H, W). For a model of C channels a volume of
+            each, in their order, all on one grid; or an array (C, S, H, W).
         n, steps: as in ``sample``.
         seed: of the whole volume. With one tile a slice, they are the masks of ``sample(model, slice, seed=seed)``.
         plane: which slices are sampled: "axial", "coronal" or "sagittal", or the axis of the array that they are
@@ -74,18 +76,19 @@ def sample_volume(
         **options: of ``sample``: method, spacing, final, prepare, dtype, max_batch, backend, ...
 
     Returns:
-        Masks on the grid of ``volume``; nothing is marked where nothing was sampled.
+        Masks on the grid of ``volume``; nothing is marked where nothing was sampled. Of a model of several regions
+        (mask channels) ``SampledRegions``, with the masks of each.
 
     Raises:
         ValueError, TypeError: naming the argument, before any work.
         BusyError: another call works in ``work``.
     """
-    if isinstance(volume, np.ndarray):
-        volume = Volume(volume[None] if volume.ndim == 2 else volume)
     if not isinstance(model, BerDiff) or model.preprocessing is None:
         raise TypeError("model must be a BerDiff that knows its preprocessing, as bf.load returns it")
-    if (model.img_channels or 1) != 1 or model.mask_channels != 1 or model.spatial_dims != 2:
-        raise ValueError("model must be for slices with one channel of image and mask")
+    if model.spatial_dims != 2:
+        raise ValueError("model must be for slices, got one of three dimensions")
+    study = Study.of(volume, model)
+    volume = study.volumes[0]
     seed = checks.integer("seed", seed)
     sampler = Sampler(model, n, steps, **options)
     axis = volume.axis(plane)
@@ -94,8 +97,10 @@ def sample_volume(
     first, last = check_range("slices", slices, count)
     if center_mm is not None:
         center = _center(volume, axis, center_mm, (first, last), center is not None or roi is not None)
+    if center is None and roi is None and model.preprocessing.foreground:
+        center, roi = study.middle(axis, model)
     tiling = Tiling.of(model, volume, axis, shape, center, roi, overlap)
-    tiling.check_room(sampler.n)
+    tiling.check_room(sampler.n * model.mask_channels)
     if center is None:
         _hint(model, tiling)
     seeds = rng.image_seeds(seed, len(tiling.tiles))
@@ -112,7 +117,11 @@ def sample_volume(
         **({"tile_window": list(tiling.marked)} if tiling.marked != tiling.size else {}),
         "options": {k: str(v) for k, v in options.items() if k not in ("max_batch", "backend")},
     }
-    shape_of_bits = (math.ceil(sampler.n / 8), *volume.array.shape)
+    if model.mask_channels > 1:
+        plan["mask_channels"] = model.mask_channels
+    layers = math.ceil(sampler.n / 8)  # of bits, for each region
+    shape_of_bits = (model.mask_channels * layers, *volume.array.shape)
+    statistics = study.statistics(axis, model.preprocessing)
     device = next(model.parameters()).device
     # Whole slices at a time, as many as fill a call of the network.
     pixels = math.prod(tiling.size) * len(tiling.tiles) * sampler.n
@@ -123,25 +132,30 @@ def sample_volume(
         else:
             Path(work).mkdir(parents=True, exist_ok=True)
             stack.enter_context(locks.exclusive(Path(work)))
-            done_by = {"contract": rng.DRAW_CONTRACT, "model": fingerprint(model), "volume": volume.fingerprint()}
+            done_by = {"contract": rng.DRAW_CONTRACT, "model": fingerprint(model), "volume": study.fingerprint()}
             identity = json.dumps({"plan": plan, **done_by}, sort_keys=True)
             store = Store(Path(work), identity, shape_of_bits, axis)
         todo = [i for i in range(first, last) if i not in store.done]
         advance = stack.enter_context(_bar(progress, last - first, last - first - len(todo)))
         for start in range(0, len(todo), together):
             chosen = todo[start : start + together]
-            tiles = torch.cat(
-                [tiling.cut(part, volume.outside(part)) for part in (volume.array.take(i, axis) for i in chosen)]
-            )
-            img = model.preprocess(tiles[:, None]).to(device)
+            tiles = torch.cat([study.cut(tiling, axis, i, model.preprocessing) for i in chosen])
+            img = model.preprocess(tiles, statistics).to(device)
             moved = functools.partial(_move, advance, chosen)
             masks = sampler(img, seed=seeds.repeat(len(chosen)), progress=moved)
             assert isinstance(masks, torch.Tensor)
-            for i, of_slice in zip(chosen, masks[:, :, 0].cpu().split(len(tiling.tiles)), strict=True):
-                bits = np.packbits(tiling.join(of_slice).numpy(), axis=0, bitorder="little")
-                store.put(i, bits)
+            for i, of_slice in zip(chosen, masks.cpu().split(len(tiling.tiles)), strict=True):
+                joined = (tiling.join(of_slice[:, :, k]).numpy() for k in range(model.mask_channels))
+                store.put(i, np.concatenate([np.packbits(one, axis=0, bitorder="little") for one in joined]))
     limits.give_back()
-    return SampledVolume(volume, sampler.n, store.bits, plan)
+    if model.mask_channels == 1:
+        return SampledVolume(volume, sampler.n, store.bits, plan)
+    names = model.regions.names if model.regions else [str(k) for k in range(model.mask_channels)]
+    of_region = {
+        name: SampledVolume(volume, sampler.n, store.bits[k * layers : (k + 1) * layers], plan)
+        for k, name in enumerate(names)
+    }
+    return SampledRegions(volume, sampler.n, of_region, model.regions, plan)
 
 
 def _center(

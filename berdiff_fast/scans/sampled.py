@@ -14,6 +14,7 @@ import torch
 from berdiff_fast.imaging.summary import disagreement
 from berdiff_fast.io.slices import Slices
 from berdiff_fast.io.volume import Volume
+from berdiff_fast.regions import Regions
 from berdiff_fast.scans.tiling import Tiling
 
 _POPCOUNT = np.array([i.bit_count() for i in range(256)], np.uint8)
@@ -106,6 +107,40 @@ class SampledVolume:
             return True
         first, last = self.plan["slices"]
         return first <= s < last
+
+
+@dataclass(frozen=True)
+class SampledRegions:
+    """n masks of each region of a volume, on its grid.
+
+    Attributes:
+        volume: what they are of, the first of its channels.
+        n: how many masks.
+        of_region: name of a region to its masks; mask k of each belongs to mask k of the others.
+        regions: what they stand for, or None where the model does not say.
+        plan: what was done, JSON-able.
+    """
+
+    volume: Volume
+    n: int
+    of_region: dict[str, SampledVolume]
+    regions: Regions | None
+    plan: dict[str, Any]
+
+    def __getitem__(self, name: str) -> SampledVolume:
+        return self.of_region[name]
+
+    def label_map_slices(self, k: int) -> Slices:
+        """Mask k as labels, uint8 or uint16 (S, H, W), slice by slice.
+
+        Raises:
+            ValueError: the model does not say what its regions stand for.
+        """
+        if self.regions is None:
+            raise ValueError("the model does not say which labels its regions have")
+        regions, parts = self.regions, [one.mask_slices(k) for one in self.of_region.values()]
+        dtype = np.dtype(np.uint8 if max(regions.own_labels) < 256 else np.uint16)
+        return Slices(self.volume.array.shape, dtype, lambda s: regions.labels_of(np.stack([p[s] for p in parts])))
 
 
 def let_go(bits: np.ndarray) -> None:

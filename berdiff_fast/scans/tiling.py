@@ -98,8 +98,8 @@ class Tiling:
         # Of every pixel which tile it belongs to, by float32 and by bool; of every tile its image and its masks.
         limits.room(what, 5 * tiles * pixels + (n + 8) * (tiles * math.prod(self.size) + pixels), advice)
 
-    def cut(self, array: np.ndarray, outside: np.ndarray | None = None) -> torch.Tensor:
-        """The tiles (tiles, h, w) of a slice, filled up with the lowest value where they reach beyond it.
+    def cut(self, array: np.ndarray, outside: np.ndarray | None = None, beyond_it: float | None = None) -> torch.Tensor:
+        """The tiles (tiles, h, w) of a slice; where they reach ``beyond_it``, they have this value, or the lowest one.
 
         What is ``outside`` the scan (bool, of the array's shape) gets the lowest value of the tile's rest, so that it
         has no part in the tile's minimum and maximum.
@@ -116,7 +116,7 @@ class Tiling:
             beyond = None if beyond is None else F.interpolate(beyond[None, None].float(), **how)[0, 0] > 0
         found = []
         for row, column in self.tiles:
-            tile = torch.full(self.size, float(x.min()))
+            tile = torch.full(self.size, float(x.min()) if beyond_it is None else beyond_it)
             (r, c, h, w) = self._within(row, column)
             part = x[r : r + h, c : c + w].clone()
             if beyond is not None:

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A scan with its channels: volumes on one grid, in the order that a model wants them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from berdiff_fast.io import raters as raters_io
+from berdiff_fast.io.volume import Volume
+from berdiff_fast.model import BerDiff
+from berdiff_fast.preprocessing import Preprocessing, Statistics
+from berdiff_fast.scans.tiling import Tiling
+
+
+@dataclass(frozen=True)
+class Study:
+    """Volumes on the grid of the first one.
+
+    Attributes:
+        volumes: one for each channel.
+    """
+
+    volumes: tuple[Volume, ...]
+
+    @classmethod
+    def of(cls, given: Volume | np.ndarray | Sequence[Volume], model: BerDiff) -> Study:
+        """What a user gives for a model.
+
+        Raises:
+            TypeError, ValueError: other channels than the model has, or volumes that do not lie on one grid.
+        """
+        channels = model.img_channels or 1
+        if isinstance(given, np.ndarray):
+            if channels == 1:
+                given = Volume(given[None] if given.ndim == 2 else given)
+            elif given.ndim != 4 or len(given) != channels:
+                raise ValueError(f"volume must be ({channels}, S, H, W) for this model, got shape {given.shape}")
+            else:
+                given = [Volume(x) for x in given]
+        volumes = (given,) if isinstance(given, Volume) else tuple(given)
+        if not all(isinstance(volume, Volume) for volume in volumes):
+            raise TypeError("volume must be a Volume, one for each channel, or an array")
+        if len(volumes) != channels:
+            named = f" ({', '.join(model.channels)})" if model.channels else ""
+            raise ValueError(f"volume must have the model's {channels} channels{named}, got {len(volumes)}")
+        first = volumes[0]
+        try:
+            return cls((first, *(raters_io.onto(volume, first) for volume in volumes[1:])))
+        except ValueError as error:
+            raise ValueError(f"volume: channels must lie on one grid: {str(error).removeprefix('raters: ')}") from None
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all of it; of one channel, that of the volume."""
+        each = [volume.fingerprint() for volume in self.volumes]
+        return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
+
+    def cut(self, tiling: Tiling, axis: int, index: int, preprocessing: Preprocessing) -> torch.Tensor:
+        """The tiles (tiles, C, h, w) of a slice."""
+        # Where slices were cut around what is not 0, there was 0 beyond them.
+        beyond = 0.0 if preprocessing.foreground else None
+        found = []
+        for volume in self.volumes:
+            part = volume.array.take(index, axis)
+            found.append(tiling.cut(part, None if preprocessing.foreground else volume.outside(part), beyond))
+        return torch.stack(found, dim=1)
+
+    def statistics(self, axis: int, preprocessing: Preprocessing) -> Statistics | None:
+        """What slices are scaled by, if by their volume: two (1, C, 1, 1); channel after channel, to save memory."""
+        if not preprocessing.by_volume:
+            return None
+        each = [
+            preprocessing.statistics(torch.from_numpy(np.ascontiguousarray(v.array, np.float32))[None, None])
+            for v in self.volumes
+        ]
+        first, second = (torch.cat([s[k].reshape(1, 1, 1, 1) for s in each if s], dim=1) for k in (0, 1))
+        return first, second
+
+    def middle(self, axis: int, model: BerDiff) -> tuple[tuple[float, float] | None, tuple[int, int, int, int] | None]:
+        """Where slices are cut that were cut around what is not 0 in training: a center if a tile holds all of it,
+        else the rows and columns that have it.
+
+        Raises:
+            ValueError: it is 0 everywhere.
+        """
+        body = np.zeros(np.delete(self.volumes[0].array.shape, axis), bool)
+        for volume in self.volumes:
+            body |= (volume.array != 0).any(axis)
+        rows, columns = np.flatnonzero(body.any(1)), np.flatnonzero(body.any(0))
+        if not rows.size:
+            raise ValueError("volume is 0 everywhere, and this model looks at what is not")
+        box = (int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)
+        assert model.preprocessing is not None
+        size, spacing = model.preprocessing.size, model.preprocessing.pixel_spacing
+        sides: list[float] = [box[1] - box[0], box[3] - box[2]]
+        if spacing is not None and self.volumes[0].spacing is not None:
+            own = np.delete(np.array(self.volumes[0].spacing)[::-1], axis)
+            sides = [side * float(o) / wanted for side, o, wanted in zip(sides, own, spacing, strict=True)]
+        if size is not None and all(side <= s for side, s in zip(sides, size, strict=True)):
+            return ((box[0] + box[1]) / 2, (box[2] + box[3]) / 2), None
+        return None, box
