@@ -41,8 +41,8 @@ class Preprocessing:
         pixel_spacing: (row, column) of these pixels in mm; None: any spacing is accepted. Calling this neither cuts nor
             resamples: ``sample_volume`` does, by these two.
         per_channel: scale each channel by its own numbers; else all of them by the same.
-        by_volume: what an image is scaled by is that of the volume that it is a slice of, so that a slice alone gets
-            the masks that it has in its volume. It has to be given then: ``statistics`` of the volume.
+        by_volume: each channel is scaled by the numbers of the volume that the image is a slice of, so that a slice
+            alone gets the masks that it has in its volume. They have to be given then: ``statistics`` of the volume.
         foreground: images were cut around what is not 0, the head of an MRI; ``sample_volume`` does the same.
 
     Raises:
@@ -124,12 +124,12 @@ class Preprocessing:
 
         Returns:
             Minimum and maximum for "min-max", mean and standard deviation of what is not 0 for "z-score", (B, C, 1,
-            ..., 1) both with ``per_channel``, else (B, 1, ..., 1). None for "window".
+            ..., 1) both with ``per_channel`` or ``by_volume``, else (B, 1, ..., 1). None for "window".
         """
         if self.mode == "window":
             return None
         x = _floating(raw)
-        axes = tuple(range(2 if self.per_channel else 1, x.ndim))
+        axes = tuple(range(2 if self.per_channel or self.by_volume else 1, x.ndim))
         if self.mode == "min-max":
             return x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
         x = x.double()

@@ -2,17 +2,23 @@
 """Trees of volumes: BraTS of both years, nnU-Net, QUBIQ and patterns, to slices with channels, regions and raters."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import berdiff_fast as bf
 from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.data.importers import import_volumes
 from berdiff_fast.io import formats
 from berdiff_fast.io.volume import Volume
+from berdiff_fast.training import evaluate
+from berdiff_fast.training.config import TrainConfig
+from berdiff_fast.training.loop import train
 
 SHAPE = (10, 40, 36)
 MODALITIES = {"flair": (300, 700), "t1": (30, 45), "t1ce": (500, 1200), "t2": (400, 900)}
@@ -57,6 +63,8 @@ def brats(root, cases=3, year=2021):
 def test_brats(tmp_path, year):
     report = import_volumes(brats(tmp_path / "tree", year=year), tmp_path / "out", "brats", **ALL, empty_share=1.0)
     slices = RaterDataset(tmp_path / "out" / "train.h5")
+    patients = json.loads((tmp_path / "out" / "splits.json").read_text())["train"]
+    assert patients == [f"BraTS-GLI-{i:05d}" if year == 2023 else f"BraTS2021_{i:05d}" for i in range(3)]
     assert slices.channels == ("flair", "t1", "t1ce", "t2") and slices.regions.names == ("WT",)
     assert slices.image_size == report.size == (32, 32) and slices.foreground and slices.pixel_spacing == (1.0, 1.0)
     assert len(slices) == 30 and slices.provenance["patient_id"].tolist() == [i for i in range(3) for _ in range(10)]
@@ -155,16 +163,6 @@ def test_the_command_tells_layouts_apart(tmp_path):
     assert RaterDataset(tmp_path / "own" / "train.h5").channels == ("t2", "flair")
 
 
-def broken(what):
-    """A tree of three cases with a fault, and what is said of it."""
-
-    def make(root):
-        brats(root)
-        what(root / "BraTS2021_00001", root)
-
-    return make
-
-
 def _elsewhere(case: Path, _: Path) -> None:
     save(case / f"{case.name}_t1.nii.gz", glioma(1)[0]["t1"], origin=(40.0, 239.0, 4.0))
 
@@ -211,7 +209,8 @@ def _torn(case: Path, _: Path) -> None:
     ids=["channel", "labels", "elsewhere", "shape", "label", "shares", "nothing", "torn", "twice"],
 )
 def test_bad_cases(tmp_path, what, file, words):
-    broken(what)(tmp_path / "tree")
+    brats(tmp_path / "tree")
+    what(tmp_path / "tree" / "BraTS2021_00001", tmp_path)
     options = dict(**ALL, regions="WT=1,2,4")
     with pytest.raises(ValueError, match="BraTS2021_00001") as error:
         import_volumes(tmp_path / "tree", tmp_path / "out", "brats", **options)
@@ -251,3 +250,46 @@ def test_slices_without_marks_are_drawn_by_the_seed(tmp_path):
         for k, (s, seed) in enumerate([(0.0, 0), (0.5, 0), (0.5, 0), (1.0, 0)])
     ]
     assert some[0] < some[1] == some[2] < some[3] == 30
+
+
+@pytest.mark.parametrize("per_channel", ["auto", "false"])
+def test_a_model_of_it_trains_validates_and_is_evaluated(tmp_path, per_channel):
+    """And scales a slice as its volume, in training as in sampling."""
+    tree = brats(tmp_path / "tree")
+    import_volumes(tree, tmp_path / "a", "brats", split=(100, 0, 0), regions="WT=1,2,4 ET=4")
+    brats(tmp_path / "b" / "tree", cases=5)
+    for i in range(3):
+        shutil.rmtree(tmp_path / "b" / "tree" / f"BraTS2021_{i:05d}")
+    import_volumes(tmp_path / "b" / "tree", tmp_path / "v", "brats", **ALL, regions="WT=1,2,4 ET=4", size=(32, 32))
+    config = TrainConfig(
+        output=str(tmp_path / "run"),
+        train_data=str(tmp_path / "a" / "train.h5"),
+        val_data=str(tmp_path / "v" / "train.h5"),
+        model_channels=32,
+        channel_mult=(1,),
+        attention_resolutions=(),
+        steps=2,
+        batch_size=2,
+        rotate90=False,
+        validate_every=2,
+        validation_slices=2,
+        validation_samples=2,
+        validation_steps=2,
+        per_channel=per_channel,
+        tensorboard=False,
+        quiet=True,
+    )
+    made = bf.load(train(config))
+    assert made.channels == ("flair", "t1", "t1ce", "t2") and made.regions.names == ("WT", "ET")
+    held_out = RaterDataset(tmp_path / "v" / "train.h5")
+    summary = evaluate.evaluate(made, held_out, tmp_path / "e", n=2, steps=2, progress=False)
+    assert [one["name"] for one in summary["model"]["regions"]] == ["WT", "ET"]
+    images, _ = held_out.batch([2])
+    volume = torch.from_numpy(np.stack(list(glioma(3)[0].values())).astype(np.float32))[None]
+    of_file = held_out.statistics_for(made.preprocessing, [2])
+    of_volume = made.preprocessing.statistics(volume)
+    assert torch.allclose(made.preprocess(images, of_file), made.preprocess(images, of_volume), atol=1e-6)
+    import_volumes(tmp_path / "b" / "tree", tmp_path / "w", "brats", **ALL, regions="WT=1,2,4 TC=1,4", size=(32, 32))
+    with pytest.raises(ValueError, match="the model's regions are"):
+        evaluate.evaluate(made, RaterDataset(tmp_path / "w" / "train.h5"), tmp_path / "f", n=2, progress=False)
+    assert not (tmp_path / "f").exists()

@@ -111,3 +111,14 @@ def test_a_head_larger_than_a_tile_is_covered():
 def test_bad_channels(given, words):
     with pytest.raises(ValueError, match=words):
         bf.sample_volume(model(), given(*study()), n=1, steps=1)
+
+
+def test_beyond_the_scan_is_what_was_beyond_it_in_training():
+    """0, also where the scan has values below."""
+    made, random = model(), np.random.default_rng(2)
+    arrays = random.normal(-50, 20, (2, 2, 24, 20)).astype(np.float32)
+    found = bf.sample_volume(made, arrays, n=2, steps=2, seed=3)
+    padded = torch.from_numpy(np.pad(arrays, ((0, 0), (0, 0), (4, 4), (6, 6))))[None]
+    img = made.preprocess(padded[:, :, 1], made.preprocessing.statistics(torch.from_numpy(arrays)[None]))
+    masks = bf.sample(made, img, n=2, steps=2, seed=3)[0].numpy()
+    assert np.array_equal(found["WT"].masks[:, 1], masks[:, 0, 4:28, 6:26]) and masks.any()

@@ -140,9 +140,7 @@ class Import(Command):
     def _import_volumes(self, layout: Any) -> Any:
         from berdiff_fast.data import importers
 
-        for name in ("resize", "crop", "rater_count", "threshold", "window", "patient_pattern"):
-            if getattr(self, name) not in (None, False):
-                raise ValueError(f"{name} is for trees of pictures, and this is one of volumes")
+        self._refuse(("resize", "crop", "rater_count", "threshold", "window", "patient_pattern"), "pictures", "volumes")
         return importers.import_volumes(
             self.source,
             self.output,
@@ -164,12 +162,15 @@ class Import(Command):
             progress=not self.quiet,
         )
 
+    def _refuse(self, names: tuple[str, ...], theirs: str, ours: str) -> None:
+        for name in names:
+            if getattr(self, name) not in (None, False, ()):
+                raise ValueError(f"{name} is for trees of {theirs}, and this is one of {ours}")
+
     def _import_tree(self) -> Any:
         from berdiff_fast.data import importers
 
-        for name in ("channels", "regions", "image_pattern", "mask_pattern"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is for trees of volumes, and this is one of pictures")
+        self._refuse(("channels", "regions", "image_pattern", "mask_pattern"), "volumes", "pictures")
         options: dict[str, Any] = {} if self.patient_pattern is None else {"patient_pattern": self.patient_pattern}
         return importers.import_tree(
             self.source,

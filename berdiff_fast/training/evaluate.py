@@ -182,6 +182,10 @@ def evaluate(
         theirs, ours = getattr(slices, attribute), getattr(model, attribute)
         if ours is not None and theirs != ours:
             raise ValueError(f"{slices.path}: the model works on {ours} {attribute}, and the file has {theirs}")
+    for attribute in ("channels", "regions"):
+        theirs, ours = getattr(slices, attribute), getattr(model, attribute)
+        if None not in (theirs, ours) and theirs != ours:
+            raise ValueError(f"{slices.path}: the model's {attribute} are {ours}, and the file's are {theirs}")
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output must be a folder, and {output} is a file")

@@ -190,7 +190,7 @@ def _check_data(config: TrainConfig, slices: RaterDataset, held_out: RaterDatase
             )
         if data.image_size[0] != data.image_size[1] and config.augmentation.rotate90 and data is slices:
             raise ValueError(f"augmentation.rotate90 needs square images, and {data.path} has {data.image_size}")
-    if slices.img_channels > 1 and config.data.per_channel == "false":
+    if slices.img_channels > 1 and config.data.per_channel == "false" and slices.statistics is None:
         few = slices.whole()[0] if slices.in_memory else slices.batch([0, len(slices) // 2])[0].numpy()
         axes = (0, 2, 3)
         warn_of_ranges(few.min(axes).tolist(), few.max(axes).tolist(), str(slices.path))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from berdiff_fast.channels import ALIASES, BRATS, ENDINGS, channel_of
+from berdiff_fast.channels import BRATS, ENDINGS, channel_of, names_of
 from berdiff_fast.data.importers.trees import Problems, natural
 from berdiff_fast.regions import Regions
 
@@ -138,7 +138,7 @@ def _is_image(path: str, layout: VolumeLayout) -> bool:
 
 
 def _spelled(channels: Sequence[str]) -> tuple[str, ...]:
-    return tuple(one for channel in channels for one in (channel, *ALIASES.get(channel, ())))
+    return tuple(one for channel in channels for one in names_of(channel))
 
 
 def list_cases(
@@ -178,9 +178,9 @@ def list_cases(
         lacking = [channel for channel in names if channel not in there]
         first = next(iter((there or masks[name]).values()))
         if lacking:
-            problems.add(str(first) if there else f"{first}", f"case {name} lacks its channel {', '.join(lacking)}")
+            problems.add(first, f"case {name} lacks its channel {', '.join(lacking)}")
         elif not masks.get(name):
-            problems.add(str(first), f"case {name} has no label map")
+            problems.add(first, f"case {name} has no label map")
         else:
             found = re.match(layout.patient, name)
             patient = next((g for g in found.groups() if g), name) if found else name

@@ -15,8 +15,9 @@ import numpy as np
 from berdiff_fast._version import __version__
 from berdiff_fast.data import pixels
 from berdiff_fast.data.importers.reading import Reader
-from berdiff_fast.data.importers.report import FORMAT
-from berdiff_fast.data.importers.trees import SPLITS, Slice, numbers
+from berdiff_fast.data.importers.report import FORMAT, Report
+from berdiff_fast.data.importers.splits import DEFAULT_SPLIT, RULE
+from berdiff_fast.data.importers.trees import SPLITS, Slice, natural, numbers
 from berdiff_fast.data.importers.writing import SplitReport, Writer
 
 _SHOWN = 8  # slices in the preview
@@ -68,11 +69,32 @@ def write_files(
     return {name: done.get(name, SplitReport(0, 0, none, none)) for name in SPLITS}, shown
 
 
-def write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def write_reports(
+    folder: Path,
+    report: Report,
+    patients_of: dict[str, list[str]],
+    rule: str,
+    shares: tuple[int, int, int] | None,
+    seed: int,
+    shown: list[tuple[np.ndarray, np.ndarray]],
+) -> None:
+    """Write what lies beside the HDF5 files of an import: splits.json, import.json, a preview of what is ``shown``."""
+    drawn = rule is RULE
+    splits = {
+        "format": FORMAT,
+        "rule": rule,
+        "shares": list(shares or DEFAULT_SPLIT) if drawn else None,
+        "seed": seed if drawn else None,
+        "counts": {name: {"patients": c.patients, "slices": c.slices} for name, c in report.splits.items()},
+        **{name: sorted(patients_of[name], key=natural) for name in SPLITS},
+    }
+    (folder / "splits.json").write_text(json.dumps(splits, indent=2) + "\n", encoding="utf-8")
+    (folder / "import.json").write_text(report.to_json(), encoding="utf-8")
+    if shown:
+        _preview(folder / "preview.png", shown)
 
 
-def preview_of(path: Path, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def _preview(path: Path, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:
     from PIL import Image
 
     pairs = [pixels.contours(image, masks) for image, masks in shown]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,12 +10,12 @@ from pathlib import Path
 from berdiff_fast import checks
 from berdiff_fast._version import __version__
 from berdiff_fast.data.importers.arguments import check_choice, check_output, check_pattern, check_size, check_source
-from berdiff_fast.data.importers.files import preview_of, write_files, write_text
+from berdiff_fast.data.importers.files import write_files, write_reports
 from berdiff_fast.data.importers.layouts import LAYOUTS, detect, found_raters
 from berdiff_fast.data.importers.reading import Reader
-from berdiff_fast.data.importers.report import FORMAT, Report
+from berdiff_fast.data.importers.report import Report
 from berdiff_fast.data.importers.splits import DEFAULT_SPLIT, OWN, RULE, assign, read_splits, shares_of
-from berdiff_fast.data.importers.trees import PATIENT_PATTERN, SPLITS, Problems, Slice, Tree, natural, numbers
+from berdiff_fast.data.importers.trees import PATIENT_PATTERN, SPLITS, Problems, Slice, Tree, numbers
 from berdiff_fast.data.importers.writing import whole
 
 FITS = ("exact", "resize", "crop")
@@ -179,14 +178,6 @@ def import_tree(
         if reader.windowless:
             notes.append(f"window: {reader.windowless} images of 8 bits were taken as they are")
         assert reader.size is not None
-        splits = {
-            "format": FORMAT,
-            "rule": rule,
-            "shares": list(shares) if shares else None,
-            "seed": seed if hashed else None,
-            "counts": {name: {"patients": c.patients, "slices": c.slices} for name, c in counts.items()},
-            **{name: sorted(patients_of[name], key=natural) for name in SPLITS},
-        }
         report = Report(
             source=str(source),
             output=str(output),
@@ -201,8 +192,5 @@ def import_tree(
             parameters=parameters,
             berdiff_fast=__version__,
         )
-        write_text(folder / "splits.json", json.dumps(splits, indent=2) + "\n")
-        write_text(folder / "import.json", report.to_json())
-        if preview:
-            preview_of(folder / "preview.png", shown)
+        write_reports(folder, report, patients_of, rule, shares, seed, shown if preview else [])
     return report

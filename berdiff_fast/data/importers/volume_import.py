@@ -27,10 +27,10 @@ from berdiff_fast.data.importers.cases import (
     list_cases,
     nnunet_names,
 )
-from berdiff_fast.data.importers.files import preview_of, write_text
+from berdiff_fast.data.importers.files import write_reports
 from berdiff_fast.data.importers.report import FORMAT, Report
 from berdiff_fast.data.importers.splits import DEFAULT_SPLIT, RULE, assign, read_splits, shares_of
-from berdiff_fast.data.importers.trees import SPLITS, Problems, Slice, natural, numbers
+from berdiff_fast.data.importers.trees import SPLITS, Problems, Slice, numbers
 from berdiff_fast.data.importers.writing import SplitReport, Writer, whole
 from berdiff_fast.imaging import volumes
 from berdiff_fast.regions import Regions, check_names
@@ -183,14 +183,6 @@ def import_volumes(
         notes += [f"{name} has no slices, and no file" for name in SPLITS if not counts[name].slices]
         if len(spacings) > 1:
             notes.append(f"cases differ in pixel spacing ({len(spacings)} kinds): the files tell none")
-        splits = {
-            "format": FORMAT,
-            "rule": rule,
-            "shares": list(shares or DEFAULT_SPLIT) if rule is RULE else None,
-            "seed": seed if rule is RULE else None,
-            "counts": {name: {"patients": c.patients, "slices": c.slices} for name, c in counts.items()},
-            **{name: sorted(patients_of[name], key=natural) for name in SPLITS},
-        }
         report = Report(
             source=str(source),
             output=str(output),
@@ -205,10 +197,7 @@ def import_volumes(
             parameters=parameters,
             berdiff_fast=__version__,
         )
-        write_text(folder / "splits.json", json.dumps(splits, indent=2) + "\n")
-        write_text(folder / "import.json", report.to_json())
-        if preview:
-            preview_of(folder / "preview.png", shown)
+        write_reports(folder, report, patients_of, rule, shares, seed, shown if preview else [])
     return report
 
 
