@@ -219,14 +219,16 @@ def networks(quick: bool) -> Iterator[Case]:
         small += ((64, 1, 0, 1), (64, 1, 1, 2), (4096, 100, 20, 1), (64, 512, 0, 512), (63, 48, 3, 17), (16, 16, 0, 16))
     for (pixels, of_x, of_other, groups), dtype in product(large + small, (BF16,) if quick else (BF16, F16, F32)):
         channels = of_x + of_other
-        x = gpu(2, pixels, of_x, dtype=dtype)
-        other = gpu(2, pixels, of_other, dtype=dtype) if of_other else None
+        # Channels last in memory.
+        x = gpu(2, pixels, of_x, dtype=dtype).transpose(1, 2)
+        other = gpu(2, pixels, of_other, dtype=dtype).transpose(1, 2) if of_other else None
         wide = {}
         if (pixels, of_x, of_other, groups) in large:
             # Where there is no other tensor the kernels take x for it, and leave it out by a mask.
             wide = {f"group_norm_{part}_kernel": of_norms(dtype, dtype) for part in ("sums", "apply")}
         for silu in (True,) if quick else (True, False):
-            given = gpu(2, pixels, channels, dtype=dtype), x, other, gpu(channels), gpu(channels)
+            out = gpu(2, pixels, channels, dtype=dtype).transpose(1, 2)
+            given = out, x, other, gpu(channels), gpu(channels)
             yield case(backend.group_norm_silu, *given, groups, 1e-5, silu, wide=wide)
 
 
