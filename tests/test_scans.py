@@ -234,6 +234,12 @@ def test_summarize():
     alone = bf.summarize(masks[0, :, 0].numpy())
     assert torch.equal(alone.mean, found.mean[0, 0]) and alone.unit == "pixels" and alone.sizes.tolist() == [3, 3, 0, 1]
     assert bf.summarize(torch.ones(3, 2, 2, 2, dtype=torch.bool), (1, 2, 3)).sizes.tolist() == [48.0] * 3
+    two = torch.cat([masks, torch.zeros_like(masks)], dim=2)
+    named = bf.summarize(two, regions=("WT", "TC"))
+    assert named.of_region.tolist() == [[0.75, 0], [0, 0]] and named.existence.tolist() == [0.75, 0]
+    assert str(named).splitlines()[0] == "probability that a reader marks something: 0.75 (WT 0.75, TC 0.00)"
+    with pytest.raises(ValueError, match="regions must name the 2 channels of masks"):
+        bf.summarize(two, regions=("WT",))
     for wrong, message in (
         ((masks.float(),), "masks must be bool"),
         ((masks[0, 0],), "masks must be"),

@@ -4,14 +4,21 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg, create_mutex_group
 
 from berdiff_fast import words
 from berdiff_fast.choices import Method, Spacing
 from berdiff_fast.cli.base import Command, Files, Flag, Masks
+
+if TYPE_CHECKING:
+    from berdiff_fast.scans.case import Request
+    from berdiff_fast.scans.cases import Case
 
 _WHERE = create_mutex_group(required=False, title="where in a slice")
 
@@ -21,12 +28,17 @@ class Sample(Command):
     """Draw masks of a scan or a picture, on its own grid; the same command again goes on after an interruption.
 
     INPUT is a NIfTI (.nii, .nii.gz), NRRD, MetaImage (.mha) or DICOM file, a folder with a DICOM series, a picture
-    (.png, .tif, .jpg), a NumPy (.npy) or an HDF5 file (dataset "image").
+    (.png, .tif, .jpg), a NumPy (.npy) or an HDF5 file (dataset "image"). For a model of several channels it is the
+    folder of a case, or a file for each channel. A folder of scans, a list (.csv: case,files,center,...) or several
+    inputs are a cohort: each case has its folder in OUTPUT, cohort.csv and index.html tell of all, and the same command
+    goes on.
 
     examples:
       berdiff-fast sample ct.nii.gz --output masks --center 214 130 --slices 80 96 --seed 7 --report
       berdiff-fast sample dicom/ --output masks --roi 150 278 90 218
       berdiff-fast sample slice.png --model runs/lidc/model.safetensors --n 32 --output masks
+      berdiff-fast sample BraTS-GLI-00001-000/ --model runs/brats/model.safetensors --output masks --report
+      berdiff-fast sample scans/ --output masks
 
     Written are n masks, their mean and their disagreement (entropy, in bits) on the grid of INPUT, as NIfTI for DICOM,
     with DICOM segmentations beside; summary.json has sizes and how it was done. The bundled model lidc was trained on
@@ -34,7 +46,8 @@ class Sample(Command):
     counted from 0. Not a medical device. More: docs/scans.md
 
     Args:
-        input: a file, or a folder with a DICOM series
+        input: a file, a folder, or a list of scans (.csv)
+        more: the other channels of a scan, or more scans
         output: the folder of results
         model: a bundled model or a file
         n: masks
@@ -64,6 +77,7 @@ class Sample(Command):
 
     input: Annotated[Positional[str], arg(metavar="INPUT")]
     output: str
+    more: Annotated[Positional[tuple[str, ...]], arg(metavar="[INPUT ...]", help_behavior_hint="")] = ()
     model: str = "lidc"
     n: Masks = 16
     steps: int = 10
@@ -89,32 +103,15 @@ class Sample(Command):
     json: Flag = False
 
     def run(self) -> int:
-        from berdiff_fast import scans
-        from berdiff_fast.imaging import volumes
-        from berdiff_fast.io import raters as raters_io
         from berdiff_fast.loading import load
-        from berdiff_fast.model import fingerprint
         from berdiff_fast.scans import results
+        from berdiff_fast.scans.case import Request, sample_case
+        from berdiff_fast.scans.cases import cases_of
 
         device = _device(self.device)
-        volume = volumes.read(self.input, series=self.series)
-        if self.series is not None and volume.format != "dicom":
-            raise ValueError(f"series: {self.input} is not a DICOM folder")
-        files = raters_io.read(self.raters, volume)
-        raters = results.check_raters(files, volume)
-        model = load(self.model).to(device)
-        if (model.img_channels or 1) > 1 or model.mask_channels > 1:
-            raise ValueError(
-                f"model: {self.model} has {model.img_channels} channels and {model.mask_channels} regions, and this "
-                "command takes scans of one; sample_volume (in Python) takes a scan of each channel"
-            )
         options: dict[str, Any] = dict(
             seed=self.seed,
             plane=self.plane,
-            slices=self.slices,
-            center=self.center,
-            center_mm=self.center_mm,
-            roi=self.roi,
             overlap=self.overlap,
             method=self.method,
             spacing=self.spacing,
@@ -124,32 +121,30 @@ class Sample(Command):
         if self.modes:
             by_name = not self.modes[0].isdecimal()
             options["modes"] = self.modes[0] if by_name else [int(w) if w.isdecimal() else w for w in self.modes]
-        with (
-            words.muted("berdiff_fast.hints", self.quiet),
-            results.folder(self.output, volume, self.n, raters=files, overwrite=self.overwrite) as work,
-        ):
-            sampled = scans.sample_volume(
-                model, volume, self.n, self.steps, work=work, progress=not self.quiet, **options
-            )
-            assert isinstance(sampled, scans.SampledVolume)
-            provenance = results.provenance(
-                volume,
-                sampled,
-                self.model,
-                fingerprint(model),
-                device,
-                self.series,
-                files,
-                anonymize=self.anonymize,
-            )
-            summary = results.write(
-                sampled,
+        request = Request(
+            load(self.model).to(device),
+            self.model,
+            self.n,
+            self.steps,
+            options,
+            self.report,
+            self.anonymize,
+            self.overwrite,
+        )
+        inputs = (self.input, *self.more)
+        where: dict[str, Any] = dict(slices=self.slices, center=self.center, center_mm=self.center_mm, roi=self.roi)
+        cases = cases_of(inputs, request.model.img_channels or 1, request.model.channels)
+        if cases is not None:
+            return self._cohort(request, cases, where)
+        with words.muted("berdiff_fast.hints", self.quiet):
+            summary = sample_case(
+                request,
+                inputs,
                 self.output,
-                work,
-                provenance=provenance,
-                raters=raters,
-                report=self.report,
-                anonymize=self.anonymize,
+                series=self.series,
+                raters=self.raters,
+                progress=not self.quiet,
+                **where,
             )
         if self.json:
             print(json.dumps(summary))
@@ -157,12 +152,45 @@ class Sample(Command):
             print(words.shown(results.as_text(summary, self.output), lines=True))
         return 0
 
+    def _cohort(self, request: Request, cases: Sequence[Case], where: Mapping[str, Any]) -> int:
+        """Many scans; the exit status is 1 if one of them failed."""
+        from berdiff_fast.scans.cohort import DONE, FAILED, Cohort
+        from berdiff_fast.scans.share import Share
+
+        for name in ("raters", "series"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is for one scan; of several, a list (CSV) has a column {name}")
+        listed = len(self.more) == 0 and self.input.lower().endswith(".csv")
+        if self.anonymize and not listed:
+            raise ValueError("anonymize: cases would be named after files; give a list (CSV) with names of its own")
+        given = {name: value for name, value in where.items() if value is not None}
+        with words.muted("berdiff_fast.hints"):
+            rows = Cohort(request, cases, Path(self.output), given).sample(Share.of(os.environ), not self.quiet)
+        count = {status: sum(row["status"] == status for row in rows) for status in (DONE, FAILED)}
+        if self.json:
+            print(json.dumps(rows))
+        elif not self.quiet:
+            rest = len(rows) - sum(count.values())
+            said = [f"{count[DONE]} of {len(rows)} cases done"]
+            said += [f"{count[FAILED]} failed"] if count[FAILED] else []
+            said += [f"{rest} unfinished, with another process or left by one"] if rest else []
+            print(", ".join(said))
+            for row in rows:
+                if row["status"] == FAILED:
+                    print(words.shown(f"failed: {row['case']}: {row['error']}"))
+            print(words.shown(f"written: {Path(self.output) / 'index.html'}"))
+        return int(count[FAILED] > 0)
+
 
 def _device(name: str) -> str:
     import torch
 
+    from berdiff_fast.scans.share import Share
+
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.device_count() > 1:  # each process of a machine has one of its own
+        return f"cuda:{Share.of(os.environ).local % torch.cuda.device_count()}"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

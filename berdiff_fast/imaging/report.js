@@ -178,8 +178,12 @@
     return levels;
   }
 
-  const pixelsOf = (index) =>
-    fetched(index, () => (data.values.length ? decodeLevels(index) : decodePicture(index)));
+  const channel = () => Number($("channel").value) || 0;
+  /** Of the channel that is chosen; pictures lie channel after channel. */
+  const pixelsOf = (index) => {
+    const at = channel() * data.slices.length + index;
+    return fetched(at, () => (data.values.length ? decodeLevels(at) : decodePicture(at)));
+  };
 
   const intensity = (level) => data.lowest + data.step * level;
 
@@ -373,6 +377,7 @@
     const words = data.places[current().slice];
     return words && `, ${words}`;
   };
+  const channelName = () => (data.channels.length > 1 ? `${data.channels[channel()]}, ` : "");
   const windowName = () => {
     const [low, high] = windowed();
     const chosen = $("window").selectedOptions[0].value;
@@ -389,7 +394,7 @@
     const area = data.spacing ? `${number(pixels * data.spacing[0] * data.spacing[1])} mm²` : `${number(pixels)} ${data.unit}`;
     const color = data.colors[sample];
     $("status").textContent =
-      `${sliceName()}${place()}, sample ${sample}${range(count)}: ${area} here. ` +
+      `${channelName()}${sliceName()}${place()}, sample ${sample}${range(count)}: ${area} here. ` +
       `${marking} of ${count} ${count === 1 ? "sample marks" : "samples mark"} this slice.`;
     $("slice-value").textContent = `${data.slices[index]}${range(data.total)}`;
     $("slice").setAttribute("aria-valuetext", sliceName() + place());
@@ -446,6 +451,12 @@
     choose();
   }
 
+  function nextChannel() {
+    if (data.channels.length < 2) return;
+    $("channel").value = String((channel() + 1) % data.channels.length);
+    update();
+  }
+
   function help() {
     const open = $("help").hidden;
     $("help").hidden = !open;
@@ -456,6 +467,7 @@
     ArrowLeft: () => move("sample", -1),
     ArrowRight: () => move("sample", 1),
     w: nextWindow,
+    c: nextChannel,
     z: () => press("zoom"),
     "?": help,
   };
@@ -479,6 +491,7 @@
 
   for (const id of ["slice", "sample", "opacity"]) $(id).addEventListener("input", update);
   $("window").addEventListener("change", choose);
+  $("channel").addEventListener("change", update);
   for (const id of ["level", "width"]) {
     $(id).addEventListener("input", () => {
       $("window").value = "own";

@@ -13,10 +13,9 @@ import base64
 import functools
 import hashlib
 import json
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from markupsafe import Markup
 from berdiff_fast import checks
 from berdiff_fast.files import write_text
 from berdiff_fast.imaging import encoding, tables, windows
+from berdiff_fast.imaging import report_arguments as given
 from berdiff_fast.imaging.summary import existence_in_words
 from berdiff_fast.io.stack import SliceStack
 
@@ -54,6 +54,8 @@ def write_report(
     stack: SliceStack | None = None,
     coverage: str = "",
     notes: Sequence[str] = (),
+    channels: Sequence[str] = (),
+    pages: Mapping[str, str] | None = None,
 ) -> None:
     """Write one self-contained HTML file that shows n masks of an image, or of the slices of a volume.
 
@@ -89,6 +91,9 @@ def write_report(
             letters at the edges. Without it they are shown as stored and counted from 0.
         coverage: what sizes are of, after "Volume of ...": by default what ``stack`` says.
         notes: sentences shown beside the sizes.
+        channels: names of the image's channels, to choose from. ``image`` is then (C, S, H, W), or (C, H, W) for one
+            slice, and each channel has the window of its percentiles.
+        pages: what other pages in the same folder show, and their file names, to go to; this one among them.
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
@@ -103,16 +108,19 @@ def write_report(
     if isinstance(notes, str) or not all(isinstance(note, str) for note in notes):
         raise TypeError(f"notes must be a sequence of str, got {notes!r}")
     checks.integer("max_bytes", max_bytes, 1)
-    slices = _image(image)
-    drawn = _masks("masks", masks, slices)
-    rated = None if raters is None else _masks("raters", raters, slices)
+    several = given.image_of(image, channels)
+    slices = several[0]
+    drawn = given.masks_of("masks", masks, slices)
+    rated = None if raters is None else given.masks_of("raters", raters, slices)
     if stack is not None and stack.count != len(slices):
         raise ValueError(f"stack must be of the {len(slices)} slices of image, got {stack.count}")
     if spacing is None and stack is not None:
         spacing = stack.spacing
-    pitch = None if spacing is None else _spacing(spacing)
-    shown = _windows(slices, window, windows)
-    origin = _provenance(provenance)
+    pitch = None if spacing is None else given.spacing_of(spacing)
+    if len(several) > 1 and (window is not None or windows is not None):
+        raise ValueError("window and windows are for an image of one channel; of several, each has its own")
+    shown = given.windows_of(slices, window, windows)
+    origin, beside = given.provenance_of(provenance), given.pages_of(pages)
     if existence is None:
         existence = float(drawn.any((1, 2, 3)).mean())
     elif isinstance(existence, bool) or not 0 <= existence <= 1:
@@ -123,7 +131,22 @@ def write_report(
         coverage = "the whole scan" if stack.is_whole else f"{tables.count(stack.count, 'slice')} of {stack.total}"
 
     page = _Page(
-        slices, drawn, rated, stack, pitch, unit, shown, intensity, title, coverage, [*notes], origin, float(existence)
+        several,
+        drawn,
+        rated,
+        stack,
+        pitch,
+        unit,
+        shown,
+        intensity,
+        title,
+        coverage,
+        [*notes],
+        origin,
+        float(existence),
+        [*channels],
+        beside,
+        path.name,
     )
     text = page.text()
     if len(text.encode()) > max_bytes and len(shown) > 1:
@@ -146,85 +169,12 @@ def _megabytes(text: str) -> str:
     return f"{len(text.encode()) / 1e6:.3g} MB"
 
 
-# ---------------------------------------------------------------------- arguments
-
-
-def _image(value: Any) -> np.ndarray:
-    """(S, H, W) float32."""
-    image = checks.tensor("image", value).detach().cpu()
-    if image.is_complex():
-        raise TypeError(f"image must hold real numbers, got {image.dtype}")
-    if image.ndim not in (2, 3) or 0 in image.shape:
-        raise ValueError(f"image must be (S, H, W) or (H, W) and not empty, got shape {tuple(image.shape)}")
-    image = image.float()
-    if not bool(image.isfinite().all()):
-        raise ValueError("image must be finite, got NaN or infinite values")
-    return image.reshape(-1, *image.shape[-2:]).numpy()
-
-
-def _masks(name: str, value: Any, image: np.ndarray) -> np.ndarray:
-    """(n, S, H, W) bool."""
-    masks = checks.tensor(name, value).detach().cpu()
-    given = tuple(masks.shape)
-    if masks.ndim == 3 and len(image) == 1:
-        masks = masks[:, None]
-    if masks.ndim != 4 or masks.shape[0] < 1 or masks.shape[1:] != image.shape:
-        wanted = ", ".join(map(str, image.shape))
-        raise ValueError(f"{name} must be (1 or more, {wanted}) to fit image, got shape {given}")
-    if masks.dtype != torch.bool and not bool(((masks == 0) | (masks == 1)).all()):
-        raise ValueError(f"{name} must be masks, bool or 0 and 1, got other values")
-    return masks.bool().numpy()
-
-
-def _spacing(value: Any) -> tuple[float, ...]:
-    try:
-        pitch = tuple(float(x) for x in value)
-        good = len(pitch) in (2, 3) and all(0 < x < math.inf for x in pitch)
-    except (TypeError, ValueError):
-        good = False
-    if not good:
-        raise ValueError(
-            f"spacing must be (slice, row, column) or (row, column) in mm, finite and above 0, got {value!r}"
-        )
-    return pitch
-
-
-def _windows(
-    image: np.ndarray, window: tuple[float, float] | None, several: Mapping[str, tuple[float, float]] | None
-) -> dict[str, tuple[float, float]]:
-    if several is None:
-        if window is None:
-            return {windows.PERCENTILE: windows.percentile(image)}
-        return {"fixed": checks.increasing_pair("window", window)}
-    if window is not None:
-        raise ValueError("window and windows exclude each other")
-    if not isinstance(several, Mapping) or not several or not all(isinstance(name, str) for name in several):
-        raise TypeError(f"windows must be a dict of (low, high) by name, not empty, got {several!r}")
-    found = {}
-    for name, pair in several.items():
-        # Percentiles of a slice without contrast are equal; it is shown grey.
-        equal = isinstance(pair, tuple) and len(pair) == 2 and pair[0] == pair[1] and math.isfinite(pair[0])
-        found[name] = (float(pair[0]), float(pair[1])) if equal else checks.increasing_pair(f"windows[{name!r}]", pair)
-    return found
-
-
-def _provenance(value: Mapping[str, Any] | None) -> dict[str, str]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise TypeError(f"provenance must be a dict with names as keys, got {value!r}")
-    try:
-        return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in value.items()}
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"provenance must hold values that JSON can, got {value!r}: {error}") from None
-
-
 # ---------------------------------------------------------------------- the page
 
 
 @dataclass(frozen=True)
 class _Page:
-    image: np.ndarray  # (S, H, W) float32, as stored
+    channels: np.ndarray  # (C, S, H, W) float32, as stored
     masks: np.ndarray  # (n, S, H, W) bool
     raters: np.ndarray | None
     stack: SliceStack
@@ -237,21 +187,24 @@ class _Page:
     notes: list[str]
     provenance: dict[str, str]
     existence: float
+    names: list[str]  # of the channels
+    pages: dict[str, str]
+    page: str  # this one's file name
     window_note: str = ""
 
     def text(self) -> str:
         view, stack = self.stack.view, self.stack
-        masks, raters = self.masks, self.raters
+        masks, raters, stored = self.masks, self.raters, self.channels[0]
         everyone = masks if raters is None else np.concatenate([masks, raters])
         pixels = everyone.sum((1, 2, 3))
-        measure = tables.Measure.of(pixels, len(self.image), self.spacing, self.unit)
+        measure = tables.Measure.of(pixels, len(stored), self.spacing, self.unit)
         sizes = pixels * measure.per_pixel
         own, theirs = sizes[: len(masks)], sizes[len(masks) :]
         kept = _kept(everyone)
         start = max(kept, key=lambda s: int(masks[:, s].sum()))
         histogram, axis = tables.histogram(own, theirs, measure)
         colors = [encoding.color(k) for k in range(len(masks))]
-        image, masks, everyone = view.turn(self.image), view.turn(masks), view.turn(everyone)
+        image, masks, everyone = view.turn(stored), view.turn(masks), view.turn(everyone)
         height, width = image.shape[1:]
         row, column = view.turn_spacing(*self.spacing[-2:]) if self.spacing else (1.0, 1.0)
         aspect = width * column / (height * row)
@@ -277,6 +230,7 @@ class _Page:
             "sizes": own.tolist(),
             "axis": axis,
             "intensity": self.intensity,
+            "channels": self.names,
             "windows": [{"name": name, "low": low, "high": high} for name, (low, high) in self.windows.items()],
             "masks": [encoding.runs(masks[:, s]) for s in kept],
             "raters": [] if raters is None else [encoding.runs(view.turn(raters)[:, s]) for s in kept],
@@ -285,23 +239,26 @@ class _Page:
             levels, lowest, step = encoding.levels(image[kept])
             data |= {"images": [], "values": [*map(encoding.packed, levels)], "lowest": lowest, "step": step}
         else:
-            data |= {"images": [encoding.png(encoding.grey(image[s], low, high)) for s in kept], "values": []}
+            data |= {"images": [*self._pictures(kept)], "values": []}
         here = Path(__file__).parent
         script = (here / "report.js").read_text("utf-8")
         parts = {
             "title": self.title or "Plausible masks",
             "policy": f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'",
             "style": Markup((here / "report.css").read_text("utf-8")),
-            "facts": f"{tables.facts(self.image.shape, len(masks), len(theirs), self.spacing)} · "
+            "facts": f"{tables.facts(stored.shape, len(masks), len(theirs), self.spacing)} · "
             f"{existence_in_words(self.existence)}",
             "which": _which(stack),
             "view": str(view),
             "edges": [*zip(("left", "top", "right", "bottom"), view.edges or (), strict=False)],
             "left_out": None if len(kept) == stack.count else (stack.first + kept[0], stack.first + kept[-1]),
             "stack": stack,
-            "window": f"{_window_in_words(self.windows, self.intensity)} {self.window_note}",
+            "window": f"{_window_in_words(self.windows, self.intensity, len(self.names))} {self.window_note}",
             "windows": [*self.windows],
             "intensity": self.intensity,
+            "channels": self.names,
+            "pages": self.pages,
+            "page": self.page,
             "mean_ramp": ", ".join(encoding.RAMPS["mean"]),
             "disagreement_ramp": ", ".join(encoding.RAMPS["disagreement"]),
             "last_slice": len(kept) - 1,
@@ -315,7 +272,7 @@ class _Page:
             "histogram": histogram,
             "raters": len(theirs),
             "agreement": None if raters is None else tables.agreement(raters, self.masks),
-            "slices": len(self.image),
+            "slices": len(stored),
             "rows": tables.rows(own, theirs, everyone.any((2, 3)).sum(1), colors),
             "rater_color": encoding.RATER,
             "notes": self.notes,
@@ -326,11 +283,18 @@ class _Page:
             ),
             "script": Markup(script),
         }
-        return _templates().get_template("report.html").render(parts)
+        return templates().get_template("report.html").render(parts)
+
+    def _pictures(self, kept: Sequence[int]) -> Iterator[str]:
+        """The slices as pictures, channel after channel."""
+        for k, channel in enumerate(self.channels):
+            low, high = windows.percentile(channel) if k else next(iter(self.windows.values()))
+            for s in kept:
+                yield encoding.png(encoding.grey(self.stack.view.turn(channel[s]), low, high))
 
 
 @functools.cache
-def _templates() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
     """Templates in which whatever is not ``Markup`` is escaped, and a name that is missing is an error."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -360,7 +324,9 @@ def _which(stack: SliceStack) -> str:
     return f"{which[0].upper()}{which[1:]}; slices, rows, columns and samples are counted from 0."
 
 
-def _window_in_words(windows: Mapping[str, tuple[float, float]], unit: str) -> str:
+def _window_in_words(windows: Mapping[str, tuple[float, float]], unit: str, channels: int) -> str:
+    if channels > 1:
+        return "Window: the 0.5 to 99.5 percentile of each channel."
     name, (low, high) = next(iter(windows.items()))
     ends = f"{low:.4g} to {high:.4g} {unit}".strip()
     return f"Window: {name} ({ends})."

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from berdiff_fast import checks
+from berdiff_fast.regions import Regions
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Summary:
         unit: "mm2" or "mm3" with a spacing, else "pixels".
         existence: the probability that a reader marks something, float64 (B,): what the prior says, if there is one,
             else the share of masks in which anything is marked.
+        of_region: the share of masks in which each of the K channels marks anything, float64 (B, K).
+        regions: what the channels are called; empty if nobody said.
     """
 
     mean: torch.Tensor
@@ -39,9 +42,20 @@ class Summary:
     sizes: torch.Tensor
     unit: str
     existence: torch.Tensor
+    of_region: torch.Tensor
+    regions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join(existence_in_words(p) for p in self.existence.reshape(-1).tolist())
+        lines = []
+        for p, each in zip(self.existence.reshape(-1).tolist(), self._by_region(), strict=True):
+            named = ", ".join(f"{name} {q:.2f}" for name, q in zip(self.regions, each, strict=True))
+            lines.append(existence_in_words(p) + (f" ({named})" if named else ""))
+        return "\n".join(lines)
+
+    def _by_region(self) -> list[list[float]]:
+        """Of each image, a number for each region that has a name."""
+        count = self.existence.numel()
+        return self.of_region.reshape(count, -1).tolist() if self.regions else [[]] * count
 
 
 def existence_in_words(probability: float) -> str:
@@ -55,6 +69,7 @@ def summarize(
     quantiles: Sequence[float] = (0.05, 0.5, 0.95),
     *,
     prior: torch.Tensor | np.ndarray | None = None,
+    regions: Sequence[str] | Regions | None = None,
 ) -> Summary:
     """Mean, entropy, majority, quantiles and sizes of masks.
 
@@ -63,6 +78,7 @@ def summarize(
         spacing: mm between pixels along each spatial dimension.
         quantiles: levels, above 0 and up to 1.
         prior: what ``model.prior(img)`` says of these images, (B, classes) or (classes,): class 0 is the empty mask.
+        regions: what the K channels are called, or ``model.regions``.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -81,6 +97,11 @@ def summarize(
     dims = x.ndim - (3 if batched else 1)
     axis = 1 if batched else 0
     existence = x.flatten(axis + 1).any(-1).double().mean(-1)
+    of_region = x.flatten(-dims).any(-1).double().mean(axis)
+    names = tuple(regions.names if isinstance(regions, Regions) else regions or ())
+    if names and (not batched or len(names) != x.shape[2]):
+        channels = x.shape[2] if batched else 1
+        raise ValueError(f"regions must name the {channels} channels of masks, got {list(names)}")
     if prior is not None:
         p = checks.tensor("prior", prior)
         fits = p.ndim > 0 and p.is_floating_point() and p.shape[:-1] == existence.shape
@@ -106,6 +127,8 @@ def summarize(
         sizes=x.flatten(-dims).sum(-1).double() * voxel,
         unit=unit,
         existence=existence,
+        of_region=of_region,
+        regions=names,
     )
 
 

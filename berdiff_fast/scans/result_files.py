@@ -16,6 +16,7 @@ from typing import Any
 from berdiff_fast import checks, limits, locks
 from berdiff_fast.files import keep_mode, own_folder, refuse_link, sync
 from berdiff_fast.imaging.volumes import Volume
+from berdiff_fast.regions import Regions
 
 SUMMARY = "summary.json"
 WORK = ".unfinished"
@@ -35,14 +36,21 @@ _ENDINGS = {
 }
 
 _SEGMENTATIONS = ("masks.dcm", "mean.dcm")
-_REPORT = "report.html"
 _ONE = r"(\.nii\.gz|\.nrrd|\.mha|\.png|\.npy)"
 _MASK, _MEAN, _ENTROPY = (re.compile(name + _ONE) for name in (r"mask_\d{3,9}", "mean", "entropy"))
+#: Of a region: its name stands between.
+_OF_REGION = r"{}_{}" + _ONE
 
 
 @contextlib.contextmanager
 def folder(
-    output: str | os.PathLike[str], volume: Volume, n: int, *, raters: Sequence[Volume] = (), overwrite: bool = False
+    output: str | os.PathLike[str],
+    volume: Volume,
+    n: int,
+    *,
+    raters: Sequence[Volume] = (),
+    regions: Sequence[str] = (),
+    overwrite: bool = False,
 ) -> Iterator[Path]:
     """The folder of results, to be filled; yields one inside for what is unfinished, which is removed in the end.
 
@@ -51,8 +59,9 @@ def folder(
 
     Args:
         output: the folder; made if it is not there.
-        volume, raters: what is read, which is never written over.
+        volume, raters: what is read, which is never written over; further channels go with the raters.
         n: how many masks there will be.
+        regions: their names, where there are several.
         overwrite: replace earlier results, and files that have the names of results.
 
     Raises:
@@ -66,14 +75,15 @@ def folder(
     checks.integer("n", n, 1)
     if n > MOST_MASKS:
         raise ValueError(f"n must be at most {MOST_MASKS:,}, a file for each mask, got {n:,}")
-    _refuse(root, volume, n, raters, overwrite)
+    wanted = names(volume, n, regions)
+    _refuse(root, volume, wanted, raters, overwrite)
     work = root / WORK
     made = [p for p in (root, *root.parents) if not p.exists()]
     try:
         with contextlib.ExitStack() as stack:
             _lock(stack, work)
             try:
-                _refuse(root, volume, n, raters, overwrite)  # again: a run before may have come to its end just now
+                _refuse(root, volume, wanted, raters, overwrite)  # again: a run may just have come to its end
                 yield work
             except BaseException as error:
                 if not ((work / "done").exists() or isinstance(error, KeyboardInterrupt)):
@@ -117,7 +127,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _refuse(root: Path, volume: Volume, n: int, raters: Sequence[Volume], overwrite: bool) -> None:
+def _refuse(root: Path, volume: Volume, wanted: Sequence[str], raters: Sequence[Volume], overwrite: bool) -> None:
     """Raise what ``folder`` does, before anything is made."""
     if root.exists() and not root.is_dir():
         raise FileExistsError(f"output must be a folder, and {root} is a file")
@@ -127,7 +137,7 @@ def _refuse(root: Path, volume: Volume, n: int, raters: Sequence[Volume], overwr
         read_summary(root)
         if not overwrite:
             raise FileExistsError(f"output: {root} holds results already; choose another folder, or overwrite them")
-    there = [name for name in names(volume, n) if os.path.lexists(root / name)]
+    there = [name for name in wanted if os.path.lexists(root / name)]
     read = {one.path.resolve() for one in (volume, *raters)}
     for name in there:
         if (root / name).resolve() in read:
@@ -140,14 +150,27 @@ def _refuse(root: Path, volume: Volume, n: int, raters: Sequence[Volume], overwr
         )
 
 
-def names(volume: Volume, n: int) -> list[str]:
+def names(volume: Volume, n: int, regions: Sequence[str] = ()) -> list[str]:
     """Names of what is written: masks, mean and entropy, and what there may be beside."""
-    ending = _ENDINGS[volume.format]
-    if ending == ".png" and len(volume.array) > 1:
-        ending = ".npy"
     digits = max(3, len(str(n - 1)))
-    masks = [f"mask_{k:0{digits}d}{ending}" for k in range(n)]
-    return [*masks, f"mean{ending}", f"entropy{ending}", *_SEGMENTATIONS, _REPORT]
+    masks = [f"mask_{k:0{digits}d}{_ending(volume)}" for k in range(n)]
+    of_regions = [name for region in regions for name in (*map_names(volume, f"_{region}").values(), page_name(region))]
+    return [*masks, *map_names(volume).values(), *_SEGMENTATIONS, page_name(), *of_regions]
+
+
+def map_names(volume: Volume, suffix: str = "") -> dict[str, str]:
+    """Names of the mean and the entropy; ``suffix`` is "_" and a region."""
+    return {what: f"{what}{suffix}{_ending(volume)}" for what in ("mean", "entropy")}
+
+
+def page_name(region: str = "") -> str:
+    """The report's name; of a region, that of its page."""
+    return f"report_{region}.html" if region else "report.html"
+
+
+def _ending(volume: Volume) -> str:
+    ending = _ENDINGS[volume.format]
+    return ".npy" if ending == ".png" and len(volume.array) > 1 else ending
 
 
 # ---------------------------------------------------------------------- the summary
@@ -195,6 +218,18 @@ def _check_summary(summary: Mapping[str, Any]) -> None:
     for name in ("input", "input_sha256"):
         if not isinstance(summary[name], str):
             raise ValueError(f"{name} must be a text, got {summary[name]!r:.80}")
+    regions = summary.get("regions", {})
+    if not isinstance(regions, dict):
+        raise ValueError(f"regions must be a mapping, got {regions!r:.80}")
+    if regions:
+        if not all(isinstance(about, dict) for about in regions.values()):
+            raise ValueError(f"regions must be mappings, got {regions!r:.80}")
+        found = Regions(tuple((name, about.get("labels", ())) for name, about in regions.items()))
+        for name in found.names:
+            for what in ("mean", "entropy"):
+                file = regions[name].get(what)
+                if not isinstance(file, str) or not re.fullmatch(_OF_REGION.format(what, re.escape(name)), file):
+                    raise ValueError(f"{file!r:.80} is the name of no result")
     if not isinstance(summary.get("series"), (str, type(None))):
         raise ValueError(f"series must be a text, got {summary['series']!r:.80}")
 
@@ -215,7 +250,7 @@ def stage(work: Path) -> Path:
     return path
 
 
-def install(staged: Path, root: Path, volume: Volume) -> None:
+def install(staged: Path, root: Path, volume: Volume, channels: Sequence[Volume] = ()) -> None:
     """Move results, all of which are there, to their places, instead of earlier ones; the summary comes last.
 
     A file that takes another's place has its permissions, a new one at most those of the scan.
@@ -223,12 +258,14 @@ def install(staged: Path, root: Path, volume: Volume) -> None:
     former: list[str] = []
     if os.path.lexists(root / SUMMARY):
         summary = read_summary(root)
-        former = [*summary["masks"], summary["mean"], summary["entropy"], *summary["segmentations"], _REPORT]
+        former = [*summary["masks"], summary["mean"], summary["entropy"], *summary["segmentations"], page_name()]
+        for region, about in summary.get("regions", {}).items():
+            former += [about["mean"], about["entropy"], page_name(region)]
     new = sorted(path for path in staged.iterdir() if path.name != SUMMARY)
     for path in (*new, staged / SUMMARY):
         if (root / path.name).is_dir() and not (root / path.name).is_symlink():
             raise FileExistsError(f"output: {root / path.name} is a folder, and a file is to have its name")
-        path.chmod(stat.S_IMODE(path.stat().st_mode) & _allowed(volume))
+        path.chmod(stat.S_IMODE(path.stat().st_mode) & _allowed(volume, *channels))
         keep_mode(path, root / path.name)
         sync(path)
     # Without it the folder holds no results, until it is back as the last.
@@ -246,10 +283,10 @@ def remove_file(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _allowed(volume: Volume) -> int:
+def _allowed(*volumes: Volume) -> int:
     """Permissions that results may have: for others than the owner no more than the scan's files have."""
     mode = 0o777
-    for path in volume.instances or (volume.path,):
+    for path in (path for volume in volumes for path in volume.instances or (volume.path,)):
         with contextlib.suppress(OSError):
             if path.is_file():
                 mode &= stat.S_IMODE(path.stat().st_mode) | 0o700

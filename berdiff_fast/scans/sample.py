@@ -149,13 +149,13 @@ def sample_volume(
                 store.put(i, np.concatenate([np.packbits(one, axis=0, bitorder="little") for one in joined]))
     limits.give_back()
     if model.mask_channels == 1:
-        return SampledVolume(volume, sampler.n, store.bits, plan)
+        return SampledVolume(volume, sampler.n, store.bits, plan, study.volumes)
     names = model.regions.names if model.regions else [str(k) for k in range(model.mask_channels)]
     of_region = {
-        name: SampledVolume(volume, sampler.n, store.bits[k * layers : (k + 1) * layers], plan)
+        name: SampledVolume(volume, sampler.n, store.bits[k * layers : (k + 1) * layers], plan, study.volumes)
         for k, name in enumerate(names)
     }
-    return SampledRegions(volume, sampler.n, of_region, model.regions, plan)
+    return SampledRegions(volume, sampler.n, of_region, model.regions, plan, study.volumes)
 
 
 def _center(

@@ -29,12 +29,14 @@ class SampledVolume:
         n: how many masks.
         bits: uint8 (ceil(n / 8), S, H, W): mask k is bit k % 8 of the k // 8-th. It may lie in a file.
         plan: what was done, JSON-able: options, seed, slices, tiles.
+        channels: the volumes that they were drawn from, ``volume`` first; none: that one alone.
     """
 
     volume: Volume
     n: int
     bits: np.ndarray
     plan: dict[str, Any]
+    channels: tuple[Volume, ...] = ()
 
     def mask(self, k: int) -> np.ndarray:
         """Mask k: bool (S, H, W)."""
@@ -64,6 +66,16 @@ class SampledVolume:
                 found[k, i - first] = bits[k // 8] >> (k % 8) & 1
             let_go(self.bits)
         return found
+
+    def voxels(self) -> list[int]:
+        """How many voxels each mask marks."""
+        total = np.zeros(self.n, np.int64)
+        axis, (first, last) = self.plan["axis"], self.plan["slices"]
+        for i in range(first, last):
+            bits = self.bits.take(i, axis + 1)
+            total += [np.count_nonzero(bits[k // 8] >> (k % 8) & 1) for k in range(self.n)]
+            let_go(self.bits)
+        return total.tolist()
 
     def mask_slices(self, k: int) -> Slices:
         """Mask k, bool (S, H, W), slice by slice."""
@@ -119,6 +131,7 @@ class SampledRegions:
         of_region: name of a region to its masks; mask k of each belongs to mask k of the others.
         regions: what they stand for, or None where the model does not say.
         plan: what was done, JSON-able.
+        channels: the volumes that they were drawn from, ``volume`` first; none: that one alone.
     """
 
     volume: Volume
@@ -126,9 +139,22 @@ class SampledRegions:
     of_region: dict[str, SampledVolume]
     regions: Regions | None
     plan: dict[str, Any]
+    channels: tuple[Volume, ...] = ()
 
     def __getitem__(self, name: str) -> SampledVolume:
         return self.of_region[name]
+
+    def joint(self) -> SampledVolume:
+        """What any region marks. The system gives memory to the slices that were sampled alone."""
+        parts = [part.bits for part in self.of_region.values()]
+        bits = np.zeros(parts[0].shape, np.uint8)
+        axis, (first, last) = self.plan["axis"], self.plan["slices"]
+        for i in range(first, last):
+            here = (slice(None),) * (axis + 1) + (i,)
+            for part in parts:
+                bits[here] |= part[here]
+            let_go(parts[0])
+        return SampledVolume(self.volume, self.n, bits, self.plan, self.channels)
 
     def label_map_slices(self, k: int) -> Slices:
         """Mask k as labels, uint8 or uint16 (S, H, W), slice by slice.
