@@ -134,7 +134,8 @@ def q_sample(
     call = entry("q_sample", ("y_0", "t", "seeds"), y_0, t, seeds)
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
-    check_ints(samples_per_image=samples_per_image, first_row=first_row, first_sample=first_sample)
+    if not type(samples_per_image) is type(first_row) is type(first_sample) is int:
+        check_ints(samples_per_image=samples_per_image, first_row=first_row, first_sample=first_sample)
     check_timesteps(t, schedule)
     flip, dtype = schedule.flip_probability(t), y_0.dtype if dtype is None else dtype
     return call(y_0, t, flip, seeds, samples_per_image, first_row, first_sample, dtype, backend)
@@ -151,7 +152,8 @@ def _q_sample_output(y_0, t, flip, seeds, samples_per_image, first_row, first_sa
     check_rows(count, seeds, samples_per_image, first_row, first_sample)
     if not (y_0.is_cpu and t.is_cpu and flip.is_cpu and seeds.is_cpu):
         check_devices(y_0, t=t, flip=flip, seeds=seeds)
-    check_pixels(math.prod(y_0.shape[1:]))
+    if y_0.numel() > MAX_WORD:
+        check_pixels(math.prod(y_0.shape[1:]))
     return torch.empty_like(y_0, dtype=dtype, memory_format=torch.contiguous_format)
 
 

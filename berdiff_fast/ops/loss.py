@@ -103,22 +103,23 @@ def _diffusion_loss_output(
         raise TypeError(f"logits must be float32, float16 or bfloat16 for backend {backend!r}, got float64")
     if ignore is not None:
         check_mask("ignore", ignore)
-    for name, tensor in (("logits", logits), ("y_0", y_0), ("ignore", ignore)):
-        if tensor is not None and tensor.shape != y_t.shape:
-            raise ValueError(f"{name} must have the shape of y_t, {tuple(y_t.shape)}, got {tuple(tensor.shape)}")
-        if tensor is not None and not (tensor.is_cpu and y_t.is_cpu):
-            check_devices(y_t, **{name: tensor})
-    if columns.dtype is not torch.float64 or columns.shape != (y_t.shape[0], len(LOSS_COLUMNS)):
+    others = {"logits": logits, "y_0": y_0} if ignore is None else {"logits": logits, "y_0": y_0, "ignore": ignore}
+    shape, on_cpu = y_t.shape, y_t.is_cpu and columns.is_cpu
+    for name, tensor in others.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have the shape of y_t, {tuple(shape)}, got {tuple(tensor.shape)}")
+        on_cpu = on_cpu and tensor.is_cpu
+    if not on_cpu:
+        check_devices(y_t, **others, t=columns)
+    if columns.dtype is not torch.float64 or columns.shape != (shape[0], len(LOSS_COLUMNS)):
         raise ValueError(
             f"t must have one timestep for each of the {y_t.shape[0]} masks of y_t: rows must be float64 of shape "
             f"({y_t.shape[0]}, {len(LOSS_COLUMNS)}), got {columns.dtype} of shape {tuple(columns.shape)}"
         )
-    if not (columns.is_cpu and y_t.is_cpu):
-        check_devices(y_t, t=columns)
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction must be 'epsilon' or 'y_0', got {prediction!r}")
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    value = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
+    dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
+    value = logits.new_empty(logits.shape[0], dtype=dtype)
     # Divided by the number of pixels, a gradient is below what float16 resolves: it is rounded when it has been scaled.
     slope = torch.float32 if logits.dtype is torch.float16 else logits.dtype
     return value, torch.empty_like(logits, dtype=slope, memory_format=torch.contiguous_format)
