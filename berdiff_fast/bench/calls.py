@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import berdiff_fast as bf
-from berdiff_fast.bench import baselines
+from berdiff_fast.bench import baselines, exported
 from berdiff_fast.bench.baselines import PUBLISHED
 from berdiff_fast.bench.runner import Case, Contender, Made, assert_close, same_masks
 
@@ -85,6 +85,12 @@ def _contenders(model: bf.BerDiff, img: torch.Tensor, n: int, steps: int, device
     yield plain(BASELINE, baselines.one_after_another)
     yield plain("PyTorch, batched", baselines.batched)
     yield plain("PyTorch, batched, channels last", baselines.batched, last)
+    if device == "cpu":
+        for name, make in (("ONNX Runtime", exported.onnx_runtime), ("OpenVINO", exported.openvino)):
+            try:
+                yield plain(f"{name}, batched", baselines.batched, make(model.network, img))
+            except ImportError as error:
+                yield f"{name}, batched", str(error)
     if device == "cpu" and compile:
         yield plain("torch.compile, batched, channels last", baselines.batched, baselines.compiled(last, device))
     if device == "cuda":
