@@ -21,7 +21,7 @@ class Sample(Command):
     """Draw masks of a scan or a picture, on its own grid; the same command again goes on after an interruption.
 
     INPUT is a NIfTI (.nii, .nii.gz), NRRD, MetaImage (.mha) or DICOM file, a folder with a DICOM series, a picture
-    (.png, .tif, .jpg), a NumPy (.npy) or an HDF5 file (dataset "image").
+    (.png, .tif, .jpg; in colour for a model of red, green and blue), a NumPy (.npy) or an HDF5 file (dataset "image").
 
     examples:
       berdiff-fast sample ct.nii.gz --output masks --center 214 130 --slices 80 96 --seed 7 --report
@@ -90,24 +90,17 @@ class Sample(Command):
 
     def run(self) -> int:
         from berdiff_fast import scans
-        from berdiff_fast.imaging import volumes
         from berdiff_fast.io import raters as raters_io
         from berdiff_fast.loading import load
         from berdiff_fast.model import fingerprint
         from berdiff_fast.scans import results
+        from berdiff_fast.scans.reading import read_scan
 
         device = _device(self.device)
-        volume = volumes.read(self.input, series=self.series)
-        if self.series is not None and volume.format != "dicom":
-            raise ValueError(f"series: {self.input} is not a DICOM folder")
+        model = load(self.model).to(device)
+        volume = read_scan(self.input, model, self.model, self.series)
         files = raters_io.read(self.raters, volume)
         raters = results.check_raters(files, volume)
-        model = load(self.model).to(device)
-        if (model.img_channels or 1) > 1 or model.mask_channels > 1:
-            raise ValueError(
-                f"model: {self.model} has {model.img_channels} channels and {model.mask_channels} regions, and this "
-                "command takes scans of one; sample_volume (in Python) takes a scan of each channel"
-            )
         options: dict[str, Any] = dict(
             seed=self.seed,
             plane=self.plane,
