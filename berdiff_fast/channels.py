@@ -15,8 +15,16 @@ ALIASES = {
 
 BRATS = ("flair", "t1", "t1ce", "t2")
 
+#: The channels of a colour picture.
+COLOUR = ("R", "G", "B")
+
 #: Endings of volumes.
 ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
+
+
+def in_colour(channels: Sequence[str] | None, count: int) -> bool:
+    """Whether images of so many channels, by these names if they have any, may be colour pictures."""
+    return count == len(COLOUR) and (channels is None or tuple(channels) == COLOUR)
 
 
 def stem_of(name: str) -> str:

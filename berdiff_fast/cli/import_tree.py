@@ -35,10 +35,11 @@ class Import(Command):
       berdiff-fast import tree data/mine --split-file data/lidc/splits.json
       berdiff-fast import tree data/mine --size 128 128 --crop
       berdiff-fast import ct data/ct --layout plain --window -1000 400 --patient-pattern '(?P<patient>[^-]+)-'
+      berdiff-fast import skin data/skin --colour --size 256 256 --resize
       berdiff-fast import BraTS2021 data/brats --regions WT=1,2,4 TC=1,4 ET=4
 
-    Nothing is written unless everything is. Pictures become 8 bits: Hounsfield units are lost. Volumes keep their
-    units. More: docs/data.md
+    Nothing is written unless everything is. Pictures become 8 bits, and Hounsfield units are lost, unless a --depth
+    keeps them. Volumes keep their units. More: docs/data.md
 
     Args:
         source: the tree's root
@@ -62,6 +63,8 @@ class Import(Command):
         empty_share: of volumes: share of the slices without a mark that is taken
         plane: of volumes: axial, coronal or sagittal slices
         foreground: of volumes: cut around what is not 0: auto (brats), true or false
+        colour: pictures are in colour: three channels R, G and B
+        depth: of the images in the file: 8, 16, float16 or float32; none: 8, and float32 of volumes
         image_pattern: of the layout pattern: a path with {case}, {channel} and {ext}
         mask_pattern: of the layout pattern: a path with {case}, {rater} and {ext}
         overwrite: replace an earlier import
@@ -93,6 +96,8 @@ class Import(Command):
     empty_share: float = 0.1
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
     foreground: Literal["auto", "true", "false"] = "auto"
+    colour: Flag = False
+    depth: str | None = None
     image_pattern: str | None = None
     mask_pattern: str | None = None
     overwrite: Flag = False
@@ -186,6 +191,8 @@ class Import(Command):
             on_error=self.on_error,
             threshold=self.threshold,
             window=self.window,
+            colour=self.colour,
+            depth=self.depth or "8",
             overwrite=self.overwrite,
             preview=self.preview,
             progress=not self.quiet,

@@ -28,10 +28,10 @@ class Sample(Command):
     """Draw masks of a scan or a picture, on its own grid; the same command again goes on after an interruption.
 
     INPUT is a NIfTI (.nii, .nii.gz), NRRD, MetaImage (.mha) or DICOM file, a folder with a DICOM series, a picture
-    (.png, .tif, .jpg), a NumPy (.npy) or an HDF5 file (dataset "image"). For a model of several channels it is the
-    folder of a case, or a file for each channel. A folder of scans, a list (.csv: case,files,center,...) or several
-    inputs are a cohort: each case has its folder in OUTPUT, cohort.csv and index.html tell of all, and the same command
-    goes on.
+    (.png, .tif, .jpg; in colour for a model of red, green and blue), a NumPy (.npy) or an HDF5 file (dataset "image").
+    For another model of several channels it is the folder of a case, or a file for each channel. A folder of scans, a
+    list (.csv: case,files,center,...) or several inputs are a cohort: each case has its folder in OUTPUT, cohort.csv
+    and index.html tell of all, and the same command goes on.
 
     examples:
       berdiff-fast sample ct.nii.gz --output masks --center 214 130 --slices 80 96 --seed 7 --report

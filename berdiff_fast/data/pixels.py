@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures in files, PNG, JPEG, TIFF or NPY, to uint8 images and 0/1 masks of one size.
+"""Pictures in files, PNG, JPEG, TIFF or NPY, to images and 0/1 masks of one size.
 
 Every function raises a ValueError that says what is wrong with the picture; the caller knows its path.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from berdiff_fast.io import padding
+from berdiff_fast.io import colours, padding
 from berdiff_fast.io.pictures import read as read
 
 # The values that mean "inside" in a mask of 0 and one other value.
@@ -16,7 +16,8 @@ _ONES = (1, 255, 65535)
 
 
 def to_image(x: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
-    """(H, W) uint8. What is uint8 already stays as it is; all else is scaled and rounded.
+    """uint8 of the same shape, (H, W) or with channels. What is uint8 already stays as it is; all else is scaled and
+    rounded, all channels alike.
 
     With a ``window`` (low, high), low becomes 0, high 255, and values beyond are clipped; without, the picture's own
     minimum becomes 0 and its maximum 255; values that mean "outside the scan" (``io.padding``) count for neither, and
@@ -55,26 +56,46 @@ def to_mask(x: np.ndarray, lossy: bool, threshold: float | None) -> np.ndarray:
 
 
 def crop(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The (H, W) in the middle; where that is half a pixel off, the upper or left one."""
+    """The middle of (H, W) or (H, W, C); where that is half a pixel off, the upper or left one."""
     if x.shape[0] < size[0] or x.shape[1] < size[1]:
-        raise ValueError(f"is {by(x.shape)}, too small to be cropped to {by(size)}")
+        raise ValueError(f"is {by(x.shape[:2])}, too small to be cropped to {by(size)}")
     top, left = (x.shape[0] - size[0]) // 2, (x.shape[1] - size[1]) // 2
     return x[top : top + size[0], left : left + size[1]]
 
 
 def resize(x: np.ndarray, size: tuple[int, int], *, nearest: bool = False) -> np.ndarray:
-    """Bilinear and antialiased where it shrinks, or nearest neighbour; uint8 or bool stay so, all else is float64."""
+    """(H, W) or (H, W, C), bilinear and antialiased where it shrinks, or by the nearest neighbour; uint8 or bool stay
+    so, all else is float64."""
     from PIL import Image
 
     method = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
-    if x.shape == size:
+    if x.shape[:2] == size:
         return x
+    if x.ndim == 3:
+        return np.stack([resize(channel, size, nearest=nearest) for channel in np.moveaxis(x, -1, 0)], axis=-1)
     if x.dtype == np.uint8:
         return np.asarray(Image.fromarray(np.ascontiguousarray(x)).resize(size[::-1], method))
     # Pillow resizes float32, which holds small differences only if they are not on top of a large number.
     x = x.astype(np.float64)
     low = x.min()
     return np.asarray(Image.fromarray((x - low).astype(np.float32)).resize(size[::-1], method)).astype(np.float64) + low
+
+
+def without_padding(x: np.ndarray) -> np.ndarray:
+    """The picture, with the lowest of its other values where it has one that means "outside the scan" (``io.padding``).
+
+    So does ``sample_volume``: what is outside plays no part in a minimum.
+    """
+    found = padding.guess(x)
+    if found is None:
+        return x
+    outside = x <= found[1]
+    return np.where(outside, padding.lowest_tissue(x, outside), x).astype(x.dtype)
+
+
+def to_preview(image: np.ndarray) -> np.ndarray:
+    """(H, W) uint8 of an image of a file, (H, W) or the colours (3, H, W), to look at."""
+    return to_image(image if image.ndim == 2 else colours.luminance(image), None)
 
 
 def by(shape: tuple[int, ...]) -> str:

@@ -32,26 +32,30 @@ _ALL: dict[str, Format] = {
 FORMATS = {name: one.endings for name, one in _ALL.items()}
 
 
-def read(path: str | os.PathLike[str], *, series: str | None = None) -> Volume:
+def read(path: str | os.PathLike[str], *, series: str | None = None, colour: bool = False) -> Volume:
     """Read a scan or a picture.
 
     Args:
         path: a file of one of ``FORMATS``, or a folder with a DICOM series. A picture, and a slice of (H, W), is a
             volume of one slice.
         series: the series' UID, where a folder holds several.
+        colour: whether a colour picture is asked for (``Volume.colour``), which is refused otherwise.
 
     Raises:
         FileNotFoundError, ValueError: it cannot be read, or is not one grey volume of finite numbers, or its slices are
-            not evenly spaced; the message is one line and begins with the path.
+            not evenly spaced, or it is not a colour picture and that is asked for; the message is one line and begins
+            with the path.
         ImportError: the format needs a package that is not installed; it says which.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     kind = "dicom" if path.is_dir() else format_of(path)
+    if colour and kind not in ("picture", "numpy"):
+        raise ValueError(f"{path}: is no picture (PNG, JPEG, TIFF or NumPy), and only pictures are read in colour")
     try:
         with without_chatter():
-            volume = _ALL[kind].read(path, series)
+            volume = pictures.read_colour(path) if colour else _ALL[kind].read(path, series)
     except ImportError:
         raise
     except ValueError as error:
@@ -59,7 +63,7 @@ def read(path: str | os.PathLike[str], *, series: str | None = None) -> Volume:
     except Exception as error:  # decoders raise what they like on broken files
         raise ValueError(f"{path}: cannot be read: {line(error)}") from None
     volume = _checked(volume)
-    found = padding.guess(volume.array)
+    found = None if colour else padding.guess(volume.array)
     return volume if found is None else replace(volume, padding=(*volume.padding, found))
 
 

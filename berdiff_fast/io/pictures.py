@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures in files, PNG, JPEG, TIFF or NPY: one grey picture of all its levels, turned as a viewer shows it.
+"""Pictures in files, PNG, JPEG, TIFF or NPY: one grey or colour picture of all its levels, turned as a viewer shows it.
 
 Pillow reads most of them. What it would read wrong without a word (16 bits of a colour picture become 8; grey of 16
 bits whose 0 is white is not inverted; signed bytes become unsigned) or not at all (float16, float64) is read by
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from berdiff_fast._optional import require
-from berdiff_fast.io import claims
+from berdiff_fast.io import claims, colours
 from berdiff_fast.io.quiet import without_chatter, without_stderr
 from berdiff_fast.io.slices import Slices, contiguous
 from berdiff_fast.io.volume import Format, Volume
@@ -34,30 +34,38 @@ _WORDS = {"UnidentifiedImageError": "not a PNG, JPEG or TIFF"}
 _KNOWN = ("PNG", "JPEG", "TIFF", "BMP")
 
 
-class _NotGreyError(ValueError):
+class _OtherKindError(ValueError):
     """The file is sound, and not what was asked for."""
 
 
-def read(path: Path) -> tuple[np.ndarray, bool]:
-    """One grey picture, (H, W) of any real dtype, and whether it was compressed with loss (JPEG).
+def read(path: Path, *, colour: bool = False) -> tuple[np.ndarray, bool]:
+    """One picture, (H, W) of any real dtype, and whether it was compressed with loss (JPEG).
 
-    A picture that says how it is to be turned (EXIF orientation) is turned. Colour pictures pass if they are grey, that
-    is, if their channels are equal; transparent ones if nothing of them is.
+    A picture that says how it is to be turned (EXIF orientation) is turned. Colour pictures pass as grey ones if they
+    are grey, that is, if their channels are equal; transparent ones if nothing of them is.
+
+    Args:
+        path: the file.
+        colour: whether a colour picture is asked for, (H, W, 3): red, green, blue. What is stored as one channel, or
+            with a palette of greys, is none.
 
     Raises:
-        ValueError: it cannot be read, or it is not one grey picture.
+        ValueError: it cannot be read, or it is not one picture of the kind that is asked for.
         ImportError: reading it needs a package that is not installed.
     """
     try:
         with without_chatter():
-            array, lossy = _npy(path) if path.suffix.lower() == ".npy" else _picture(path)
-    except (_NotGreyError, MemoryError, ImportError):
+            if path.suffix.lower() == ".npy":
+                array, lossy = _arranged(load_npy(path), colour), False
+            else:
+                array, lossy = _picture(path, colour)
+    except (_OtherKindError, MemoryError, ImportError):
         raise
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror or _WORDS.get(type(error).__name__, error)}") from error
     except Exception as error:  # decoders raise what they like on broken files: SyntaxError, zlib.error, struct.error
         raise ValueError(f"cannot be read: {error}") from error
-    if array.ndim != 2 or array.dtype.kind not in "buif":
+    if array.ndim != (3 if colour else 2) or array.dtype.kind not in "buif":
         raise ValueError(f"must be one (H, W) picture of real numbers, got shape {array.shape} of {array.dtype}")
     if array.size == 0:
         raise ValueError(f"is empty, of shape {array.shape}")
@@ -98,31 +106,48 @@ def grey(array: np.ndarray) -> np.ndarray:
         return array
     colours, alpha = (channels[:-1], channels[-1]) if len(channels) in (2, 4) else (channels, None)
     if not (colours == colours[:1]).all():
-        raise _NotGreyError(f"is a colour picture (of shape {array.shape}), expected a grey one (or equal channels)")
-    if alpha is not None and not (alpha == _opaque(array.dtype)).all():
-        raise _NotGreyError(f"has transparent pixels (shape {array.shape}), expected an opaque picture")
+        raise _OtherKindError(f"is a colour picture (of shape {array.shape}), expected a grey one (or equal channels)")
+    _check_opaque(alpha, array)
     return np.ascontiguousarray(colours[0])
 
 
-def _opaque(kind: np.dtype[Any]) -> float:
-    return 1.0 if kind.kind in "fb" else float(np.iinfo(kind).max)
+def rgb(array: np.ndarray) -> np.ndarray:
+    """(H, W, 3) of a colour picture (H, W, 3), or (H, W, 4) with an alpha that is opaque everywhere.
+
+    Raises:
+        ValueError: it is a grey picture, or one with transparent pixels.
+    """
+    if array.ndim != 3 or array.shape[-1] not in (3, 4):
+        raise _OtherKindError(f"is a grey picture (of shape {array.shape}), expected a colour one, (H, W, 3)")
+    _check_opaque(array[..., 3] if array.shape[-1] == 4 else None, array)
+    return np.ascontiguousarray(array[..., :3])
 
 
-def _npy(path: Path) -> tuple[np.ndarray, bool]:
-    return grey(load_npy(path)), False
+def _arranged(array: np.ndarray, colour: bool) -> np.ndarray:
+    return rgb(array) if colour else grey(array)
 
 
-def _picture(path: Path) -> tuple[np.ndarray, bool]:
+def _wanted(colour: bool) -> str:
+    return "one of red, green and blue" if colour else "a grey one"
+
+
+def _check_opaque(alpha: np.ndarray | None, array: np.ndarray) -> None:
+    top = 1.0 if array.dtype.kind in "fb" else float(np.iinfo(array.dtype).max)
+    if alpha is not None and not (alpha == top).all():
+        raise _OtherKindError(f"has transparent pixels (shape {array.shape}), expected an opaque picture")
+
+
+def _picture(path: Path, colour: bool) -> tuple[np.ndarray, bool]:
     from PIL import Image, ImageOps
 
     with path.open("rb") as file:
         start = file.read(32)
     if start[:8] == b"\x89PNG\r\n\x1a\n" and len(start) >= 26 and start[24] == 16 and start[25] in (2, 4, 6):
-        return _deep_png(path, start), False
+        return _deep_png(path, start, colour), False
     if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         tags = _tiff_tags(path)
         if _needs_tifffile(tags):
-            return _tiff(path), False
+            return _tiff(path, colour), False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is told in a line
         picture = Image.open(path, formats=_KNOWN)
@@ -138,28 +163,33 @@ def _picture(path: Path) -> tuple[np.ndarray, bool]:
         if shown.mode in ("L", "I", "F") or shown.mode.startswith("I;16"):
             array = np.asarray(shown)
             if isinstance(see_through, int) and (array == see_through).any():
-                raise _NotGreyError("has transparent pixels, expected an opaque picture")
-            return array.astype(array.dtype.newbyteorder("="), copy=False), lossy
+                raise _OtherKindError("has transparent pixels, expected an opaque picture")
+            array = array.astype(array.dtype.newbyteorder("="), copy=False)
+            return (rgb(array) if colour else array), lossy
         if shown.mode not in ("1", "LA", "P", "PA", "RGB", "RGBA"):
-            raise _NotGreyError(f"is a picture of mode {shown.mode}, expected a grey one")
+            raise _OtherKindError(f"is a picture of mode {shown.mode}, expected {_wanted(colour)}")
         rgba = np.asarray(shown.convert("RGBA"))
     if not (rgba[..., 3] == 255).all():
-        raise _NotGreyError("has transparent pixels, expected an opaque picture")
-    if not (rgba[..., :3] == rgba[..., :1]).all():
-        raise _NotGreyError("is a colour picture, expected a grey one (or equal channels)")
-    return rgba[..., 0], lossy
+        raise _OtherKindError("has transparent pixels, expected an opaque picture")
+    plain = bool((rgba[..., :3] == rgba[..., :1]).all())
+    if not colour and not plain:
+        raise _OtherKindError("is a colour picture, expected a grey one (or equal channels)")
+    # White or black all over, what was stored in three channels is a picture in colour still.
+    if colour and plain and shown.mode not in ("RGB", "RGBA"):
+        raise _OtherKindError("is a grey picture, expected a colour one")
+    return (np.ascontiguousarray(rgba[..., :3]) if colour else rgba[..., 0]), lossy
 
 
 def _check_alone(picture: Any) -> None:
     frames = getattr(picture, "n_frames", 1)
     if frames > 1:
-        raise _NotGreyError(f"holds {frames} pictures, expected one")
+        raise _OtherKindError(f"holds {frames} pictures, expected one")
 
 
 def _check_size(size: tuple[int, ...]) -> None:
     limit = int(os.environ.get("BERDIFF_FAST_MAX_PIXELS", claims.MAX_PIXELS))
     if int(np.prod(size, dtype=object)) > limit:
-        raise _NotGreyError(
+        raise _OtherKindError(
             f"has {claims.by(size)} pixels, more than the {limit} that are read "
             "(BERDIFF_FAST_MAX_PIXELS sets the limit)"
         )
@@ -177,8 +207,8 @@ def _turned(array: np.ndarray, orientation: int) -> np.ndarray:
 # ---------------------------------------------------------------------- PNG of 16 bits in colour
 
 
-def _deep_png(path: Path, start: bytes) -> np.ndarray:
-    """Grey in 16 bits that was stored as colour: Pillow would keep the upper 8."""
+def _deep_png(path: Path, start: bytes, colour: bool) -> np.ndarray:
+    """16 bits of several channels, of which Pillow would keep the upper 8."""
     columns, rows = struct.unpack(">II", start[16:24])
     _check_size((rows, columns))
     from PIL import Image
@@ -189,7 +219,7 @@ def _deep_png(path: Path, start: bytes) -> np.ndarray:
     array = _two_channels(path) if start[25] == 4 else _three_or_four(path)
     if array.shape[:2] != (rows, columns) or array.ndim != 3 or array.dtype != np.uint16:
         raise ValueError(f"16 bits for each channel became {array.shape} of {array.dtype}")
-    return _turned(grey(array), orientation)
+    return _turned(_arranged(array, colour), orientation)
 
 
 def _two_channels(path: Path) -> np.ndarray:
@@ -268,19 +298,19 @@ def _needs_tifffile(tags: dict[int, tuple[int, ...]]) -> bool:
     return bit not in (1, 2, 4, 8, 16) or (white_is_zero and bit == 16)
 
 
-def _tiff(path: Path) -> np.ndarray:
+def _tiff(path: Path, colour: bool) -> np.ndarray:
     try:
         tifffile = require("tifffile")
     except ImportError as error:
         raise ImportError(f"its pixels are of a kind that Pillow does not read: {error}") from error
     with tifffile.TiffFile(path) as file:
         if len(file.pages) != 1:
-            raise _NotGreyError(f"holds {len(file.pages)} pictures, expected one")
+            raise _OtherKindError(f"holds {len(file.pages)} pictures, expected one")
         page = file.pages[0]
         _check_size((page.imagelength, page.imagewidth))
         photometric = int(page.photometric if page.photometric is not None else 1)
         if photometric not in (0, 1, 2):
-            raise _NotGreyError(f"is a TIFF of photometric interpretation {photometric}, expected a grey one")
+            raise _OtherKindError(f"is a TIFF of photometric interpretation {photometric}, expected {_wanted(colour)}")
         tag = page.tags.get(274)
         orientation = int(tag.value) if tag is not None else 1
         array = np.asarray(page.asarray())
@@ -288,13 +318,15 @@ def _tiff(path: Path) -> np.ndarray:
             array = np.moveaxis(array, 0, -1)
         if photometric == 0:  # white is zero
             if array.dtype.kind != "u":
-                raise _NotGreyError(f"has 0 for white in {array.dtype}, which has no black")
+                raise _OtherKindError(f"has 0 for white in {array.dtype}, which has no black")
             array = np.iinfo(array.dtype).max - array
     array = array.astype(array.dtype.newbyteorder("="))
+    if colour:
+        return _turned(rgb(array), orientation)
     if array.ndim == 3:
         flat = grey(array)
         if flat.ndim == 3:
-            raise _NotGreyError(f"has {array.shape[-1]} channels, expected a grey picture")
+            raise _OtherKindError(f"has {array.shape[-1]} channels, expected a grey picture")
         array = flat
     return _turned(array, orientation)
 
@@ -305,6 +337,15 @@ def _tiff(path: Path) -> np.ndarray:
 def _read(path: Path, series: str | None) -> Volume:
     array, _ = read(path)
     return Volume(array[None], format="picture", path=path, placed=False)
+
+
+def read_colour(path: Path) -> Volume:
+    """A colour picture, as ``read`` takes it, with the luminance that stands for it where one channel is shown."""
+    array, _ = read(path, colour=True)
+    channels = np.ascontiguousarray(np.moveaxis(array, -1, 0))
+    kind = "numpy" if path.suffix.lower() == ".npy" else "picture"
+    shown = colours.luminance(channels)[None]
+    return Volume(shown, format=kind, path=path, placed=False, colour=channels[:, None])
 
 
 def _write(path: Path, array: np.ndarray | Slices, like: Volume) -> None:

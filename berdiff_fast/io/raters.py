@@ -56,7 +56,7 @@ def _read_one(path: Path, scan: Volume) -> Volume:
         raise
     except Exception as error:  # of what it is fed, pydicom raises anything
         raise ValueError(f"raters: {path}: {line(error)}") from None
-    return replace(scan, array=mask, path=path, padding=(), instances=(), frames=(), header=None)
+    return replace(scan, array=mask, path=path, padding=(), instances=(), frames=(), header=None, colour=None)
 
 
 def _split(path: Path) -> tuple[Path, str | None]:

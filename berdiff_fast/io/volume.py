@@ -39,6 +39,7 @@ class Volume:
         instance_numbers: DICOM's InstanceNumber of each slice of ``array``, None where it has none; else empty.
         window: (low, high) that the file says its values are to be shown between; None where it does not.
         hounsfield: whether values are in Hounsfield units; None where the file does not say.
+        colour: (3, S, H, W), red, green and blue of a colour picture, whose luminance ``array`` is; else None.
     """
 
     array: np.ndarray
@@ -55,6 +56,7 @@ class Volume:
     instance_numbers: tuple[int | None, ...] = ()
     window: tuple[float, float] | None = None
     hounsfield: bool | None = None
+    colour: np.ndarray | None = None
 
     @property
     def voxel_mm3(self) -> float | None:
@@ -146,6 +148,8 @@ class Volume:
             digest.update(np.ascontiguousarray(part).data)
         if self.padding:
             digest.update(repr(self.padding).encode())
+        if self.colour is not None:
+            digest.update(np.ascontiguousarray(self.colour).data)
         return digest.hexdigest()
 
 

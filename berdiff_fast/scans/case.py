@@ -90,9 +90,9 @@ def sample_case(
     with results.folder(
         output, volume, request.n, raters=read, regions=request.region_names, overwrite=request.overwrite
     ) as work:
-        sampled = sample_volume(
-            model, channels, request.n, request.steps, work=work, progress=progress, **request.options, **where
-        )
+        scan = channels if len(channels) > 1 else volume
+        options = {**request.options, **where}
+        sampled = sample_volume(model, scan, request.n, request.steps, work=work, progress=progress, **options)
         provenance = results.provenance(
             volume,
             sampled,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from berdiff_fast import limits
-from berdiff_fast.channels import ENDINGS, stem_of
+from berdiff_fast.channels import ENDINGS, in_colour, stem_of
 from berdiff_fast.imaging.volumes import FORMATS
 from berdiff_fast.io import dicom
 from berdiff_fast.scans.inputs import case_files
@@ -65,7 +65,8 @@ def cases_of(inputs: Sequence[str], channels: int, names: Sequence[str] | None) 
         if path.suffix.lower() == ".csv":
             return read_list(path)
         return _in_folder(path, channels, names) if path.is_dir() else None
-    if channels > 1 and not any(path.is_dir() for path in paths):
+    pictures = in_colour(names, channels) and all(_is_picture(path) for path in paths)
+    if channels > 1 and not pictures and not any(path.is_dir() for path in paths):
         return None
     if lists := [path for path in paths if path.suffix.lower() == ".csv"]:
         raise ValueError(f"input: the list {lists[0]} must be the only input, got {len(paths)}")
@@ -79,7 +80,7 @@ def _in_folder(folder: Path, channels: int, names: Sequence[str] | None) -> list
     if channels > 1:
         if names is not None and case_files(folder, names):
             return None  # the folder of one scan
-        scans = []
+        scans = [path for path in files if in_colour(names, channels) and _is_picture(path)]
     else:
         if any(_is_dicom(path) for path in files):
             return None
@@ -87,6 +88,10 @@ def _in_folder(folder: Path, channels: int, names: Sequence[str] | None) -> list
     if not scans and not folders:
         return None  # nothing: reading it says so
     return _different([_case(path, channels) for path in (*scans, *folders)], f"input: {folder}")
+
+
+def _is_picture(path: Path) -> bool:
+    return path.name.lower().endswith(FORMATS["picture"])
 
 
 def _is_dicom(path: Path) -> bool:

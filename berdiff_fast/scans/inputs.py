@@ -6,20 +6,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from berdiff_fast.channels import ENDINGS, channel_of
+from berdiff_fast.channels import ENDINGS, channel_of, in_colour
 from berdiff_fast.imaging import volumes
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io import raters as raters_io
+from berdiff_fast.io.formats import FORMATS
 from berdiff_fast.model import BerDiff
+
+#: Ends of names of what may be in colour.
+_PICTURES = (*FORMATS["picture"], *FORMATS["numpy"])
 
 
 def read_scan(paths: Sequence[str], model: BerDiff, series: str | None = None) -> tuple[Volume, ...]:
-    """The volumes of a scan, in the order of the model's channels, on the grid of the first.
+    """The volumes of a scan, in the order of the model's channels, on the grid of the first; one of a colour picture.
 
     Args:
-        paths: a file or a DICOM folder. For a model of several channels a file of each, which tells its channel at the
-            end of its name (``..._flair.nii.gz``, BraTS of 2018 as of 2023) or as ``CHANNEL=FILE``; or the folder that
-            holds them.
+        paths: a file or a DICOM folder; a colour picture for a model of red, green and blue. For another model of
+            several channels a file of each, which tells its channel at the end of its name (``..._flair.nii.gz``, BraTS
+            of 2018 as of 2023) or as ``CHANNEL=FILE``; or the folder that holds them.
         model: what they are for.
         series: the series to read, where a DICOM folder holds several.
 
@@ -28,10 +32,11 @@ def read_scan(paths: Sequence[str], model: BerDiff, series: str | None = None) -
             file that cannot be read.
     """
     count = model.img_channels or 1
-    if count == 1:
+    colour = is_picture(paths, model)
+    if count == 1 or colour:
         if len(paths) != 1:
-            raise ValueError(f"input must be one scan for a model of one channel, got {len(paths)}")
-        volume = volumes.read(paths[0], series=series)
+            raise ValueError(f"input must be one scan for this model, got {len(paths)}")
+        volume = volumes.read(paths[0], series=series, colour=colour)
         if series is not None and volume.format != "dicom":
             raise ValueError(f"series: {paths[0]} is not a DICOM folder")
         return (volume,)
@@ -47,6 +52,13 @@ def read_scan(paths: Sequence[str], model: BerDiff, series: str | None = None) -
             reason = str(error).removeprefix("raters: ")
             raise ValueError(f"input: channels must lie on one grid, that of {first.path}: {reason}") from None
     return tuple(found)
+
+
+def is_picture(paths: Sequence[str | Path], model: BerDiff) -> bool:
+    """Whether all of them are pictures or arrays, and the model is one of red, green and blue (or of three channels
+    without names)."""
+    pictures = all(str(path).lower().endswith(_PICTURES) for path in paths)
+    return pictures and in_colour(model.channels, model.img_channels or 1)
 
 
 def _of_channels(paths: Sequence[str], model: BerDiff, count: int) -> list[Path]:

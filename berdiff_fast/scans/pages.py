@@ -155,7 +155,8 @@ def report_again(
     if not (root / SUMMARY).is_file():
         raise FileNotFoundError(f"{root} holds no results: there is no {SUMMARY}")
     summary = read_summary(root)
-    volume = volumes.read(_scan_of(summary, root) if scan is None else scan, series=summary.get("series"))
+    place = _scan_of(summary, root) if scan is None else scan
+    volume = volumes.read(place, series=summary.get("series"), colour=summary.get("colour") is True)
     if volume.fingerprint() != summary["input_sha256"]:
         raise ValueError(f"{volume.path} is not what the results in {root} were made of: voxels or geometry differ")
     read = raters_io.read(raters, volume)

@@ -241,6 +241,7 @@ def provenance(
         "series": None if anonymize else series,
         "input_sha256": volume.fingerprint(),
         **({"channels": of_channels} if len(sampled.channels) > 1 else {}),
+        **({"colour": True} if volume.colour is not None else {}),
         **({"anonymized": True} if anonymize else {}),
         "model": Path(model_name).name,
         "model_sha256": model_hash,

@@ -59,7 +59,8 @@ def sample_volume(
     Args:
         model: a ``BerDiff`` of images, with its preprocessing.
         volume: from ``imaging.volumes.read``, or an array (S, H, W) or (H, W). For a model of C channels a volume of
-            each, in their order, all on one grid; or an array (C, S, H, W).
+            each, in their order, all on one grid; or an array (C, S, H, W); or for red, green and blue one picture that
+            was read with ``colour=True``.
         n, steps: as in ``sample``.
         seed: of the whole volume. With one tile a slice, they are the masks of ``sample(model, slice, seed=seed)``.
         plane: which slices are sampled: "axial", "coronal" or "sagittal", or the axis of the array that they are
@@ -88,7 +89,7 @@ def sample_volume(
     if model.spatial_dims != 2:
         raise ValueError("model must be for slices, got one of three dimensions")
     study = Study.of(volume, model)
-    volume = study.volumes[0]
+    volume = study.shown
     seed = checks.integer("seed", seed)
     sampler = Sampler(model, n, steps, **options)
     axis = volume.axis(plane)
@@ -148,14 +149,15 @@ def sample_volume(
                 joined = (tiling.join(of_slice[:, :, k]).numpy() for k in range(model.mask_channels))
                 store.put(i, np.concatenate([np.packbits(one, axis=0, bitorder="little") for one in joined]))
     limits.give_back()
+    channels = study.volumes if volume.colour is None else ()
     if model.mask_channels == 1:
-        return SampledVolume(volume, sampler.n, store.bits, plan, study.volumes)
+        return SampledVolume(volume, sampler.n, store.bits, plan, channels)
     names = model.regions.names if model.regions else [str(k) for k in range(model.mask_channels)]
     of_region = {
-        name: SampledVolume(volume, sampler.n, store.bits[k * layers : (k + 1) * layers], plan, study.volumes)
+        name: SampledVolume(volume, sampler.n, store.bits[k * layers : (k + 1) * layers], plan, channels)
         for k, name in enumerate(names)
     }
-    return SampledRegions(volume, sampler.n, of_region, model.regions, plan, study.volumes)
+    return SampledRegions(volume, sampler.n, of_region, model.regions, plan, channels)
 
 
 def _center(

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from berdiff_fast.channels import in_colour
 from berdiff_fast.io import raters as raters_io
 from berdiff_fast.io.volume import Volume
 from berdiff_fast.model import BerDiff
@@ -23,9 +24,11 @@ class Study:
 
     Attributes:
         volumes: one for each channel.
+        shown: what stands for all of them: the first one, or the colour picture whose channels they are.
     """
 
     volumes: tuple[Volume, ...]
+    shown: Volume
 
     @classmethod
     def of(cls, given: Volume | np.ndarray | Sequence[Volume], model: BerDiff) -> Study:
@@ -35,6 +38,12 @@ class Study:
             TypeError, ValueError: other channels than the model has, or volumes that do not lie on one grid.
         """
         channels = model.img_channels or 1
+        named = f" ({', '.join(model.channels)})" if model.channels else ""
+        if isinstance(given, Volume) and given.colour is not None:
+            if not in_colour(model.channels, channels):
+                raise ValueError(f"volume must have the model's {channels} channels{named}, got a colour picture")
+            parts = (replace(given, array=x, colour=None) for x in given.colour)
+            return cls(tuple(parts), given)
         if isinstance(given, np.ndarray):
             if channels == 1:
                 given = Volume(given[None] if given.ndim == 2 else given)
@@ -46,16 +55,17 @@ class Study:
         if not all(isinstance(volume, Volume) for volume in volumes):
             raise TypeError("volume must be a Volume, one for each channel, or an array")
         if len(volumes) != channels:
-            named = f" ({', '.join(model.channels)})" if model.channels else ""
             raise ValueError(f"volume must have the model's {channels} channels{named}, got {len(volumes)}")
         first = volumes[0]
         try:
-            return cls((first, *(raters_io.onto(volume, first) for volume in volumes[1:])))
+            return cls((first, *(raters_io.onto(volume, first) for volume in volumes[1:])), first)
         except ValueError as error:
             raise ValueError(f"volume: channels must lie on one grid: {str(error).removeprefix('raters: ')}") from None
 
     def fingerprint(self) -> str:
         """SHA-256 of all of it; of one channel, that of the volume."""
+        if self.shown.colour is not None:
+            return self.shown.fingerprint()
         each = [volume.fingerprint() for volume in self.volumes]
         return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
 

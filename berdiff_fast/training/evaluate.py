@@ -20,6 +20,7 @@ from berdiff_fast import checks, metrics, rng
 from berdiff_fast._version import __version__
 from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.files import remove_link, write_bytes, write_text
+from berdiff_fast.imaging import shown
 from berdiff_fast.model import BerDiff
 from berdiff_fast.network.unet import check_size
 from berdiff_fast.sampling import Sampler, sample
@@ -345,5 +346,10 @@ def _draw_cases(path: Path, slices: RaterDataset, rows: Sequence[dict[str, Any]]
     labels = [f"{case}: slice {row['index']}, GED {row['model']['ged']:.3f}" for case, row in cases.items()]
     remove_link(path)
     figures.contact_sheet(
-        path, images[:, 0].float(), samples[:, :, 0], raters=raters[:, :, 0], labels=labels, title="Best, median, worst"
+        path,
+        shown.of_images(images, slices.channels),
+        shown.of_masks(samples),
+        raters=shown.of_masks(raters),
+        labels=labels,
+        title="Best, median, worst",
     )

@@ -115,7 +115,12 @@ class Records:
     def validation(
         self, step: int, numbers: dict[str, float], preview: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     ) -> None:
-        """Note a validation, and draw its first slices where matplotlib is there."""
+        """Note a validation, and draw its first slices where matplotlib is there.
+
+        Args:
+            step, numbers: when, and what came out.
+            preview: images (B, H, W), raters' masks (B, R, H, W) and samples (B, n, H, W) to be drawn.
+        """
         self._write(step, {f"validation_{k}": v for k, v in numbers.items()})
         self.say(f"step {step}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
         self._since = time.monotonic()  # the time that validation took is not training's
@@ -132,9 +137,9 @@ class Records:
         remove_link(path)
         figures.contact_sheet(
             path,
-            images[:, 0].float(),
-            samples[:, :, 0],
-            raters=raters[:, :, 0],
+            images,
+            samples,
+            raters=raters,
             title=f"Validation after step {step}",
         )
 

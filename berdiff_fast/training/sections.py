@@ -20,7 +20,8 @@ class Data(Section):
         window: LOW HIGH: clip intensities to this window; or LOW HIGH of each channel in turn; none: do not clip
         scaling: of intensities: min-max, window, z-score, or auto: by the window if there is one, by the z-score of the
             volume where the file tells its statistics, else min-max
-        per_channel: scale each channel by itself: auto (if there are several), true or false
+        per_channel: scale each channel by itself: auto (if there are several, but for red, green and blue), true or
+            false
         in_memory: read the data files at once
         on_device: keep the slices where the model trains: auto (if they fit), true or false
         workers: processes that prepare batches of other slices; 0: the training process itself

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 
 from berdiff_fast import rng
+from berdiff_fast.channels import COLOUR
 from berdiff_fast.data import examples
 from berdiff_fast.data.examples import TrainingExamples
 from berdiff_fast.data.hdf5 import RaterDataset, check_disjoint
@@ -102,12 +103,14 @@ def preprocessing_of(
     size: tuple[int, int] | None = None,
     pixel_spacing: tuple[float, float] | None = None,
     foreground: bool = False,
+    channels: tuple[str, ...] | None = None,
 ) -> Preprocessing:
     """How images are scaled, by the config and by what their file tells.
 
     Args:
         config: the run.
         img_channels: C.
+        channels: their names. The colours of a picture are scaled together unless told otherwise: they would change.
         has_statistics: whether the file tells those of the slices' volumes.
         size, pixel_spacing, foreground: of its slices, see ``Preprocessing``.
 
@@ -126,7 +129,9 @@ def preprocessing_of(
         (windows if len(windows) > 1 else windows[0]) if windows else None,
         size=size,
         pixel_spacing=pixel_spacing,
-        per_channel=img_channels > 1 if data.per_channel == "auto" else data.per_channel == "true",
+        per_channel=img_channels > 1 and channels != COLOUR
+        if data.per_channel == "auto"
+        else data.per_channel == "true",
         by_volume=has_statistics and mode != "window",
         foreground=foreground,
     )
@@ -218,6 +223,7 @@ def initial_model(config: TrainConfig, slices: RaterDataset, device: torch.devic
             size=slices.image_size,
             pixel_spacing=slices.pixel_spacing,
             foreground=slices.foreground,
+            channels=slices.channels,
         ),
         channels=slices.channels,
         regions=slices.regions,

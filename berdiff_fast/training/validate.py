@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from berdiff_fast.data.hdf5 import RaterDataset
+from berdiff_fast.imaging import shown
 from berdiff_fast.model import BerDiff
 from berdiff_fast.network.prior import size_class
 from berdiff_fast.training import evaluate
@@ -44,7 +45,7 @@ def validate(
     ):
         measured = evaluate.measure(raters, samples, valid=held_out.rater_valid[chosen])
         rows += [{"slice": i, **numbers} for i, numbers in zip(chosen, measured, strict=True)]
-        preview = preview or (images, raters, samples)
+        preview = preview or _shown(held_out, images, raters, samples)
     rows = sorted(gather_object(rows), key=lambda row: row.pop("slice"))
     if not accelerator.is_main_process:
         return {}
@@ -53,6 +54,13 @@ def validate(
         numbers |= validate_prior(averaged, held_out)
     records.validation(step, numbers, preview)
     return numbers
+
+
+def _shown(
+    slices: RaterDataset, images: torch.Tensor, raters: torch.Tensor, samples: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a preview shows of a batch."""
+    return shown.of_images(images, slices.channels), shown.of_masks(raters), shown.of_masks(samples)
 
 
 def validate_prior(model: BerDiff, held_out: RaterDataset) -> dict[str, float]:

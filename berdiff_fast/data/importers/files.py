@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from berdiff_fast._version import __version__
+from berdiff_fast.channels import COLOUR
 from berdiff_fast.data import pixels
 from berdiff_fast.data.importers.reading import Reader
 from berdiff_fast.data.importers.report import FORMAT, Report
@@ -49,7 +50,6 @@ def write_files(
             if pair is None:
                 continue
             if name not in writers:
-                assert reader.size is not None
                 attributes = {
                     "format": FORMAT,
                     "berdiff_fast": __version__,
@@ -57,13 +57,17 @@ def write_files(
                     "split": name,
                     "parameters": json.dumps(parameters),
                 }
-                path = folder / f"{name}.h5"
-                writers[name] = Writer(path, planned[name], reader.size, (reader.raters, *reader.size), attributes)
+                if reader.colour:
+                    attributes["channels"] = json.dumps(COLOUR)
+                image, masks = pair
+                writers[name] = Writer(
+                    folder / f"{name}.h5", planned[name], image.shape, masks.shape, attributes, image.dtype
+                )
                 stack.callback(writers[name].close)
             number = nodules[one.patient][one.nodule]
             writers[name].append(*pair, ids[one.patient], number, one, reader.valid(one))
             if index // every >= len(shown):
-                shown.append(pair)
+                shown.append((pixels.to_preview(pair[0]), pair[1]))
         done = {name: writer.finish() for name, writer in writers.items()}
     none = (0,) * reader.raters
     return {name: done.get(name, SplitReport(0, 0, none, none)) for name in SPLITS}, shown

@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from berdiff_fast.data import pixels
+from berdiff_fast.data.importers.depth import Depth
 from berdiff_fast.data.importers.trees import Problems, Slice
 
 
 class Reader:
-    """Reads slices, all of one size; None for one with a problem."""
+    """Reads slices, all of one size; None for one with a problem.
+
+    With ``colour`` images have three channels; with a ``depth`` they keep their values, else they become 8 bits.
+    """
 
     def __init__(
         self,
@@ -25,6 +29,8 @@ class Reader:
         threshold: float | None,
         window: tuple[float, float] | None,
         problems: Problems,
+        colour: bool = False,
+        depth: Depth | None = None,
     ) -> None:
         self.root = root
         self.raters = raters
@@ -34,13 +40,15 @@ class Reader:
         self.threshold = threshold
         self.window = window
         self.problems = problems
+        self.colour = colour
+        self.depth = depth
         self.windowless = 0
         self._sized_by = "size"  # who decided
 
     def __call__(self, one: Slice) -> tuple[np.ndarray, np.ndarray] | None:
-        """image (H, W) uint8, masks (R, H, W) uint8 of 0 and 1."""
+        """image (H, W), or the colours (3, H, W), masks (R, H, W) uint8 of 0 and 1."""
         before = len(self.problems.found)
-        raw = self._try(one.image, lambda: pixels.read(self.root / one.image)[0])
+        raw = self._try(one.image, lambda: self._raw(one.image))
         masks = [self._mask(one, rater, raw) for rater in range(self.raters)]
         if self.missing == "absent" and not one.masks:
             self.problems.add(one.image, "nobody read it: there is no mask of any rater")
@@ -49,16 +57,32 @@ class Reader:
         if self.size is None:
             self.size, self._sized_by = (raw.shape[0], raw.shape[1]), one.image
         size = self.size
-        if raw.shape != size and self.fit == "exact":
-            self.problems.add(one.image, f"is {pixels.by(raw.shape)}, expected {pixels.by(size)} as {self._sized_by}")
+        if raw.shape[:2] != size and self.fit == "exact":
+            here = pixels.by(raw.shape[:2])
+            self.problems.add(one.image, f"is {here}, expected {pixels.by(size)} as {self._sized_by}")
             return None
-        image = self._try(one.image, lambda: pixels.to_image(self._fitted(raw, size), self.window))
+        image = self._try(one.image, lambda: self._image(self._fitted(raw, size)))
         if image is None:
             return None
         self.windowless += self.window is not None and raw.dtype == np.uint8
-        empty = np.zeros(raw.shape, np.uint8)
+        empty = np.zeros(raw.shape[:2], np.uint8)
         fitted = [self._fitted(empty if mask is None else mask, size, nearest=True) for mask in masks]
         return image, np.stack(fitted)
+
+    def _raw(self, path: str) -> np.ndarray:
+        """The picture (H, W), or (H, W, 3), as it was stored, if it can be kept so."""
+        raw, _ = pixels.read(self.root / path, colour=self.colour)
+        if self.depth is not None:
+            self.depth.check(raw, path)
+        return raw
+
+    def _image(self, fitted: np.ndarray) -> np.ndarray:
+        """What is stored of it, channels first."""
+        if self.depth is None:
+            image = pixels.to_image(fitted, self.window)
+        else:
+            image = self.depth(pixels.without_padding(fitted))
+        return np.moveaxis(image, -1, 0) if self.colour else image
 
     def valid(self, one: Slice) -> np.ndarray:
         """Who read a slice, (R,) bool."""
@@ -72,8 +96,8 @@ class Reader:
 
         def load() -> np.ndarray:
             x, lossy = pixels.read(self.root / one.masks[rater])
-            if image is not None and x.shape != image.shape:
-                raise ValueError(f"is {pixels.by(x.shape)}, its image {pixels.by(image.shape)}")
+            if image is not None and x.shape != image.shape[:2]:
+                raise ValueError(f"is {pixels.by(x.shape)}, its image {pixels.by(image.shape[:2])}")
             return pixels.to_mask(x, lossy, self.threshold)
 
         return self._try(one.masks[rater], load)

@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from berdiff_fast import checks
 from berdiff_fast._version import __version__
 from berdiff_fast.data.importers.arguments import check_choice, check_output, check_pattern, check_size, check_source
+from berdiff_fast.data.importers.depth import DEPTHS, Depth
 from berdiff_fast.data.importers.files import write_files, write_reports
 from berdiff_fast.data.importers.layouts import LAYOUTS, detect, found_raters
 from berdiff_fast.data.importers.reading import Reader
@@ -51,14 +53,17 @@ def import_tree(
     threshold: float | None = None,
     window: Sequence[float] | None = None,
     patient_pattern: str = PATIENT_PATTERN,
+    colour: bool = False,
+    depth: str | int = 8,
     overwrite: bool = False,
     preview: bool = True,
     progress: bool = False,
 ) -> Report:
     """Turn a tree of files into train.h5, val.h5, test.h5, splits.json, import.json and preview.png.
 
-    Each HDF5 file holds image (N, H, W) uint8, mask (N, R, H, W) uint8 of 0 and 1, rater_valid (N, R) uint8,
-    patient_id, nodule and slice (N,) int32, and the strings patient and path (N,); see docs/data.md.
+    Each HDF5 file holds image (N, H, W) uint8, or of another ``depth``, or (N, 3, H, W) with ``colour``; mask (N, R, H,
+    W) uint8 of 0 and 1, rater_valid (N, R) uint8, patient_id, nodule and slice (N,) int32, and the strings patient and
+    path (N,); see docs/data.md.
 
     Args:
         source: the tree's root.
@@ -81,6 +86,10 @@ def import_tree(
             maximum do. Images of 8 bits are taken as they are.
         patient_pattern: for "plain", a regular expression at the start of a file's name; its group "patient", else
             its first group, else all of it is the patient. Groups "nodule" and "slice" are used where present.
+        colour: images are colour pictures, and become three channels, R, G and B; a grey one is an error. Masks are
+            grey in any case.
+        depth: 8: images become 8 bits, those that have more are scaled. 16, "float16" and "float32" keep their values,
+            as uint16 or int16 by the first image, or as floating point; an image with values beyond is an error.
         overwrite: replace ``output``, if it holds nothing but an earlier import.
         preview: draw some slices and their raters' outlines.
         progress: show a progress bar where stderr is a terminal.
@@ -112,6 +121,10 @@ def import_tree(
     if threshold is not None and not (isinstance(threshold, float) and 0 < threshold < 1):
         raise ValueError(f"threshold must be a share of the range, in (0, 1), got {threshold!r}")
     limits = None if window is None else checks.increasing_pair("window", window)
+    depth = str(depth)
+    check_choice("depth", depth, DEPTHS)
+    if limits is not None and depth != "8":
+        raise ValueError(f"window is what becomes 0 and 255 of 8 bits, and depth {depth!r} keeps the values")
     check_pattern(patient_pattern)
     lists = None if split_file is None else read_splits(Path(split_file))
     check_source(root)
@@ -152,7 +165,7 @@ def import_tree(
         notes.append("the splits are the source's own: seed plays no part without split")
     hashed = rule is RULE
     shares = (shares or DEFAULT_SPLIT) if hashed else None
-    parameters = {
+    parameters: dict[str, Any] = {
         "layout": kind,
         "split": list(shares) if shares else rule,
         "seed": seed if hashed else None,
@@ -165,7 +178,13 @@ def import_tree(
         "window": None if limits is None else list(limits),
         "patient_pattern": patient_pattern if kind == "plain" else None,
     }
-    reader = Reader(root, raters or found, exact_size, fit, missing_mask, threshold, limits, problems)
+    # Only what is used is named: files of other imports are what they were.
+    if colour:
+        parameters["colour"] = True
+    if depth != "8":
+        parameters["depth"] = depth
+    kept = None if depth == "8" else Depth(depth)
+    reader = Reader(root, raters or found, exact_size, fit, missing_mask, threshold, limits, problems, colour, kept)
     ids, numbered = numbers(list({one.patient for one in slices}))
     if not numbered:
         notes.append("patient_id is a patient's place in sorted order: not all names end in a number of their own")
