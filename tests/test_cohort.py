@@ -191,6 +191,25 @@ def test_a_list_says_where(model, tmp_path):
     assert read_summary(output / "read")["raters"]["count"] == 2
 
 
+def test_results_among_the_scans_are_no_scans(model, tmp_path):
+    source = make(tmp_path / "in", 2)
+    assert cli.main(words(model, source / "case00.nii.gz", source / "one")) == 0
+    for _ in range(2):
+        assert cli.main(words(model, source, source / "out")) == 0
+    assert [row["case"] for row in table(source / "out")] == ["case00", "case01"]
+
+
+def test_colour_pictures_are_cases_of_a_model_of_colours(tmp_path):
+    for k in range(2):
+        (tmp_path / f"p{k}.png").write_bytes(b"")
+    (tmp_path / "scan.nii.gz").write_bytes(b"")
+    for names in (None, ("R", "G", "B")):
+        assert [case.name for case in cases_of([str(tmp_path)], 3, names)] == ["p0", "p1"]
+        assert len(cases_of([str(tmp_path / "p0.png"), str(tmp_path / "p1.png")], 3, names)) == 2
+    assert cases_of([str(tmp_path / "p0.png")], 3, ("R", "G", "B")) is None
+    assert cases_of([str(tmp_path / f"p{k}.png") for k in range(2)], 2, ("a", "b")) is None
+
+
 def test_folders_of_series_are_cases(model, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "in" / name / "study" / "series").mkdir(parents=True)

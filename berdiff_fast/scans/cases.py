@@ -15,6 +15,7 @@ from berdiff_fast.channels import ENDINGS, in_colour, stem_of
 from berdiff_fast.imaging.volumes import FORMATS
 from berdiff_fast.io import dicom
 from berdiff_fast.scans.inputs import case_files
+from berdiff_fast.scans.result_files import SUMMARY
 
 #: Endings of what is a scan by itself: volumes, pictures, arrays.
 _SCANS = tuple(end for ends in FORMATS.values() for end in ends)
@@ -76,7 +77,7 @@ def cases_of(inputs: Sequence[str], channels: int, names: Sequence[str] | None) 
 def _in_folder(folder: Path, channels: int, names: Sequence[str] | None) -> list[Case] | None:
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     files = [path for path in entries if path.is_file()]
-    folders = [path for path in entries if path.is_dir() and any(path.iterdir())]
+    folders = [path for path in entries if path.is_dir() and any(path.iterdir()) and not _is_of_results(path)]
     if channels > 1:
         if names is not None and case_files(folder, names):
             return None  # the folder of one scan
@@ -88,6 +89,11 @@ def _in_folder(folder: Path, channels: int, names: Sequence[str] | None) -> list
     if not scans and not folders:
         return None  # nothing: reading it says so
     return _different([_case(path, channels) for path in (*scans, *folders)], f"input: {folder}")
+
+
+def _is_of_results(folder: Path) -> bool:
+    """What an earlier run left among the scans is no scan."""
+    return any((folder / name).is_file() for name in (TABLE, SUMMARY))
 
 
 def _is_picture(path: Path) -> bool:
