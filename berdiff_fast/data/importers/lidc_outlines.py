@@ -24,6 +24,9 @@ import numpy as np
 
 from berdiff_fast.data.importers.lidc_xml import Outline, Outlined
 
+#: Lines of a path that are looked at together: a path may be long, and so may each of its steps.
+_TOGETHER = 4096
+
 
 @dataclass(frozen=True)
 class Body:
@@ -100,21 +103,31 @@ def fill(points: np.ndarray, box: tuple[int, int, int, int]) -> tuple[np.ndarray
         inside, path: bool (height, width) both, of which no pixel is in both.
     """
     top, left, height, width = box
-    ends = np.stack([points, np.roll(points, -1, axis=0)], axis=1) - (top, left)  # (P, 2, 2): from, to
     path = np.zeros((height, width), bool)
-    row, column = _on(ends)
-    path[row, column] = True
-    # A line upwards or downwards is crossed by the rows from its upper end to before its lower one, at the column that
-    # is rounded down here; whatever lies to the right of it is wound around once more, or once less.
-    turns = np.sign(ends[:, 1, 0] - ends[:, 0, 0])
-    upper = np.where(turns[:, None] > 0, ends[:, 0], ends[:, 1])
-    fall, run = (np.where(turns[:, None] > 0, ends[:, 1], ends[:, 0]) - upper).T
-    line, step = _steps(fall)
-    row = upper[line, 0] + step
-    column = upper[line, 1] + step * run[line] // np.maximum(fall[line], 1)
     winding = np.zeros((height, width + 1), np.int64)
-    np.add.at(winding, (row, column + 1), turns[line])
+    ends = np.stack([points, np.roll(points, -1, axis=0)], axis=1) - (top, left)  # (P, 2, 2): from, to
+    for start in range(0, len(ends), _TOGETHER):
+        some = ends[start : start + _TOGETHER]
+        row, column = _on(some)
+        path[row, column] = True
+        row, column, turn = _crossings(some)
+        np.add.at(winding, (row, column + 1), turn)
     return (winding.cumsum(axis=1)[:, :width] != 0) & ~path, path
+
+
+def _crossings(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where lines (P, 2, 2) cross rows, downwards (1) or upwards (-1): rows, columns rounded down, and the turns.
+
+    Of a line it is the rows from its upper end to before its lower one. What lies to the right of a crossing is wound
+    around once more, or once less.
+    """
+    turns = np.sign(ends[:, 1, 0] - ends[:, 0, 0])
+    down = turns[:, None] > 0
+    upper, lower = np.where(down, ends[:, 0], ends[:, 1]), np.where(down, ends[:, 1], ends[:, 0])
+    fall, run = (lower - upper).T
+    line, step = _steps(fall)
+    column = upper[line, 1] + step * run[line] // np.maximum(fall[line], 1)
+    return upper[line, 0] + step, column, turns[line]
 
 
 def _on(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

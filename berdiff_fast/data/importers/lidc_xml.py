@@ -25,6 +25,9 @@ _MOST_BYTES = 64 * 2**20
 #: Beyond, the sessions of a file are no readings of one scan.
 _MOST_SESSIONS = 100
 
+#: Nodules of 3 mm or more in a file; the archive has at most 49. All pairs of them are compared.
+_MOST_NODULES = 1000
+
 
 @dataclass(frozen=True)
 class Outline:
@@ -109,7 +112,11 @@ def read(path: Path) -> Message:
         return Message(series, (), True)
     if not 0 < len(sessions) <= _MOST_SESSIONS:
         raise ValueError(f"must have 1 to {_MOST_SESSIONS} reading sessions, got {len(sessions)}")
-    return Message(series, tuple(_session(one, f"session {k}") for k, one in enumerate(sessions, start=1)))
+    read = tuple(_session(one, f"session {k}") for k, one in enumerate(sessions, start=1))
+    count = sum(len(one.nodules) for one in read)
+    if count > _MOST_NODULES:
+        raise ValueError(f"outlines {count} nodules, where at most {_MOST_NODULES} are expected")
+    return Message(series, read)
 
 
 def _parsed(data: bytes) -> Element:

@@ -61,13 +61,14 @@ class Cutter:
                 found[beyond] = found[there & ~beyond].min()
         return found
 
-    def masks(self, masks: np.ndarray, middle: tuple[float, float]) -> np.ndarray:
-        """The cuts (..., H, W) bool of masks (..., h, w)."""
+    def masks(self, masks: np.ndarray, middle: tuple[float, float]) -> tuple[np.ndarray, bool]:
+        """The cuts (..., H, W) bool of masks (..., h, w), and whether they hold all that is marked."""
         if self.shape != self.original:
             x = torch.from_numpy(masks.reshape(1, -1, *self.original)).float()
             x = F.interpolate(x, self.shape, mode="nearest-exact")
             masks = x.numpy().reshape(*masks.shape[:-2], *self.shape) > 0.5
-        return cut_around(masks, self._moved(middle), self.size)
+        found = cut_around(masks, self._moved(middle), self.size)
+        return found, bool(found.sum() == masks.sum())
 
     def _moved(self, middle: tuple[float, float]) -> tuple[float, float]:
         return middle[0] * self.scale[0], middle[1] * self.scale[1]

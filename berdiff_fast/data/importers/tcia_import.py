@@ -98,7 +98,7 @@ def import_tcia(
 
     problems = Problems(stop=on_error == "stop")
     tree = Tree(root, problems)
-    found = find(tree)
+    found = find(tree, progress)
     scans = _judged(tree, found, problems, wanted, progress)
     if not scans:
         first = problems.found[0] if problems.found else None

@@ -90,10 +90,13 @@ class Found:
     chest_xrays: int = 0
 
 
-def find(tree: Tree) -> Found:
+def find(tree: Tree, progress: bool = False) -> Found:
     """List series and readings, and match them by the series' UID. What has no other half is a problem."""
+    from tqdm import tqdm
+
     found, ct, xmls = Found(), list[Series](), list[tuple[str, str]]()
-    for folder, files in _folders(tree, "", 0):
+    bar = tqdm(_folders(tree, "", 0), unit="folder", desc="listing", disable=None if progress else True)
+    for folder, files in bar:
         series = _first(tree, folder, [path for path in files if not path.lower().endswith(".xml")])
         if series is not None and series.modality != "CT":
             found.other[series.modality or "unknown"] += 1
@@ -167,9 +170,10 @@ def _first(tree: Tree, folder: str, files: list[str]) -> Series | None:
             continue
         modality, uid = (str(header.get(name) or "").strip() for name in ("Modality", "SeriesInstanceUID"))
         patient = str(header.get("PatientID") or "").strip() or folder.split("/")[0]
-        if patient and uid:
+        if patient and uid and f"{patient}{uid}".isprintable():
             return Series(folder, uid, modality, patient, tuple(files))
-        bad = bad or (path, f"has no {'PatientID' if uid else 'SeriesInstanceUID'}")
+        lacking = "SeriesInstanceUID" if not uid else "PatientID"
+        bad = bad or (path, f"has no {lacking}, or one that cannot be printed")
     if bad is not None:
         tree.problems.add(*bad)
     return None

@@ -167,9 +167,9 @@ def _cuts(
     found = []
     for number, one in enumerate(groups):
         for uid in one.slices:
-            there, masks = scan.slices[uid], one.masks(uid)
-            cut = cutter.masks(masks, one.middle)
-            if cutter.shape == scan.shape and cut.sum() < masks.sum():
+            there = scan.slices[uid]
+            cut, complete = cutter.masks(one.masks(uid), one.middle)
+            if not complete:
                 row, column = one.middle
                 raise Bad(
                     scan.xml,
@@ -181,7 +181,7 @@ def _cuts(
             if uid not in read:
                 read[uid] = _slice(tree, there.path, scan.shape)
             others = [other.masks(uid) for other in groups if other is not one and uid in other.slices]
-            counts.crowded += any(cutter.masks(other, one.middle).any() for other in others)
+            counts.crowded += any(cutter.masks(other, one.middle)[0].any() for other in others)
             image = np.rint(cutter.image(read[uid], one.middle))
             if image.min() < _INT16.min or image.max() > _INT16.max:
                 told = f"from {image.min():g} to {image.max():g}"
