@@ -13,6 +13,10 @@ from berdiff_fast.words import shown
 
 _FIT = create_mutex_group(required=False, title="slices of another size")
 
+#: Options that are for pictures alone, and for volumes alone.
+_PICTURES = ("resize", "crop", "rater_count", "threshold", "window", "patient_pattern")
+_VOLUMES = ("channels", "regions", "image_pattern", "mask_pattern")
+
 
 @dataclass(frozen=True)
 class Import(Command):
@@ -28,6 +32,8 @@ class Import(Command):
       nnunet   {imagesTr/CASE_0000.nii.gz,labelsTr/CASE.nii.gz,dataset.json}
       qubiq    CASE/{image.nii.gz,task01_seg01.nii.gz,task01_seg02.nii.gz,...}
       pattern  as --image-pattern '{case}/{channel}{ext}' --mask-pattern '{case}/reader{rater}{ext}' say
+    of CT scans with LIDC's readings, as The Cancer Imaging Archive gives them:
+      tcia     LIDC-IDRI-0001/STUDY/SERIES/{1-001.dcm,...,069.xml}
 
     examples:
       berdiff-fast import LIDC-slices data/lidc
@@ -37,18 +43,20 @@ class Import(Command):
       berdiff-fast import ct data/ct --layout plain --window -1000 400 --patient-pattern '(?P<patient>[^-]+)-'
       berdiff-fast import skin data/skin --colour --size 256 256 --resize
       berdiff-fast import BraTS2021 data/brats --regions WT=1,2,4 TC=1,4 ET=4
+      berdiff-fast import LIDC-IDRI data/lidc --layout tcia --spacing 0.7
 
     Nothing is written unless everything is. Pictures become 8 bits, and Hounsfield units are lost, unless a --depth
-    keeps them. Volumes keep their units. More: docs/data.md
+    keeps them. Volumes and tcia keep their units. More: docs/data.md
 
     Args:
         source: the tree's root
         output: the folder to write
-        layout: auto, slices, cimd, berdiff, plain, brats, nnunet, qubiq or pattern
+        layout: auto, slices, cimd, berdiff, plain, brats, nnunet, qubiq, pattern or tcia
         split: train/val/test in per cent; none: the tree's own splits, else 70/10/20
         seed: fixes the split
         split_file: the splits.json of another import, instead
-        size: in pixels; none: that of the first slice
+        size: in pixels; none: that of the first slice; of tcia, 128 128
+        spacing: of tcia: of pixels, in mm, which slices are resampled to; none: the scan's own
         resize: resize slices to --size
         crop: cut --size out of their middle
         rater_count: masks per slice; none: as many as are found
@@ -82,6 +90,7 @@ class Import(Command):
     seed: int = 0
     split_file: Annotated[str | None, arg(metavar="JSON")] = None
     size: Annotated[tuple[int, int] | None, arg(metavar="H W")] = None
+    spacing: Annotated[tuple[float, ...], arg(metavar="ROW [COLUMN]")] = ()
     resize: Annotated[Flag, _FIT] = False
     crop: Annotated[Flag, _FIT] = False
     rater_count: int | None = None
@@ -107,7 +116,10 @@ class Import(Command):
 
     def run(self) -> int:
         layout = self._volumes()
-        report = self._import_tree() if layout is None else self._import_volumes(layout)
+        if layout == "tcia":
+            report = self._import_tcia()
+        else:
+            report = self._import_tree() if layout is None else self._import_volumes(layout)
         if self.json:
             print(report.to_json(), end="")
         elif not self.quiet:
@@ -115,11 +127,13 @@ class Import(Command):
         return 0
 
     def _volumes(self) -> Any:
-        """The layout of volumes that is asked for, or that the tree has; None for pictures."""
+        """The layout of volumes that is asked for, or that the tree has, or "tcia"; None for pictures."""
         from pathlib import Path
 
         from berdiff_fast.data.importers.arguments import check_source
         from berdiff_fast.data.importers.cases import VOLUME_LAYOUTS, VolumeLayout, compiled, detect_volumes
+        from berdiff_fast.data.importers.layouts import LAYOUTS
+        from berdiff_fast.data.importers.tcia_import import detect_tcia
 
         if (self.layout == "pattern") != bool(self.image_pattern and self.mask_pattern):
             raise ValueError("image_pattern and mask_pattern must be given exactly with --layout pattern")
@@ -131,12 +145,15 @@ class Import(Command):
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
             return VolumeLayout(f"{images} with {masks}", (images,), (masks,))
-        if self.layout in VOLUME_LAYOUTS:
+        if self.layout in (*VOLUME_LAYOUTS, "tcia"):
             return self.layout
         if self.layout != "auto":
             return None
         check_source(Path(self.source))
         found = detect_volumes(Path(self.source))
+        if not found and not any(one.evidence(Path(self.source)) for one in LAYOUTS.values()):
+            # Stray DICOM files do not make a tree of pictures one of series.
+            return "tcia" if detect_tcia(Path(self.source)) else None
         if len(found) > 1:
             seen = "; ".join(f"{name!r} ({why})" for name, why in found.items())
             raise ValueError(f"layout: {self.source} looks like several: {seen}. Name one")
@@ -145,7 +162,8 @@ class Import(Command):
     def _import_volumes(self, layout: Any) -> Any:
         from berdiff_fast.data import importers
 
-        self._refuse(("resize", "crop", "rater_count", "threshold", "window", "patient_pattern"), "pictures", "volumes")
+        self._refuse(_PICTURES, "pictures", "volumes")
+        self._refuse(("spacing",), "CT scans (tcia)", "volumes")
         return importers.import_volumes(
             self.source,
             self.output,
@@ -167,6 +185,26 @@ class Import(Command):
             progress=not self.quiet,
         )
 
+    def _import_tcia(self) -> Any:
+        from berdiff_fast.data import importers
+
+        self._refuse(_PICTURES, "pictures", "CT scans (tcia)")
+        self._refuse(_VOLUMES, "volumes", "CT scans (tcia)")
+        options: dict[str, Any] = {} if self.size is None else {"size": self.size}
+        return importers.import_tcia(
+            self.source,
+            self.output,
+            self.split,
+            self.seed,
+            split_file=self.split_file,
+            spacing=self.spacing or None,
+            on_error=self.on_error,
+            overwrite=self.overwrite,
+            preview=self.preview,
+            progress=not self.quiet,
+            **options,
+        )
+
     def _refuse(self, names: tuple[str, ...], theirs: str, ours: str) -> None:
         for name in names:
             if getattr(self, name) not in (None, False, ()):
@@ -175,7 +213,8 @@ class Import(Command):
     def _import_tree(self) -> Any:
         from berdiff_fast.data import importers
 
-        self._refuse(("channels", "regions", "image_pattern", "mask_pattern"), "volumes", "pictures")
+        self._refuse(_VOLUMES, "volumes", "pictures")
+        self._refuse(("spacing",), "CT scans (tcia)", "pictures")
         options: dict[str, Any] = {} if self.patient_pattern is None else {"patient_pattern": self.patient_pattern}
         return importers.import_tree(
             self.source,

@@ -36,7 +36,8 @@ _NO_SCANS = {
 _ENHANCED = tuple(f"1.2.840.10008.5.1.4.1.1.{end}" for end in ("2.1", "2.2", "4.1", "4.4", "130", "128.1"))
 
 _HEADER = [
-    "SOPClassUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality", "ImageType", "Rows", "Columns",
+    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "Modality", "ImageType",
+    "Rows", "Columns",
     "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit",
     "PixelRepresentation", "PixelSpacing", "ImagerPixelSpacing", "SpacingBetweenSlices", "SliceThickness",
     "ImageOrientationPatient", "ImagePositionPatient", "RescaleSlope", "RescaleIntercept", "RescaleType",
@@ -108,7 +109,7 @@ def _series(folder: Path) -> dict[str, dict[Path, Any]]:
     """Headers of the images in a folder, by series; what is no DICOM image is left out."""
     found: dict[str, dict[Path, Any]] = {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.is_file() or not _may_be_dicom(path):
+        if path.name.startswith(".") or not path.is_file() or not may_be_dicom(path):
             continue
         try:
             header = read_header(path)
@@ -119,7 +120,7 @@ def _series(folder: Path) -> dict[str, dict[Path, Any]]:
     return found
 
 
-def _may_be_dicom(path: Path) -> bool:
+def may_be_dicom(path: Path) -> bool:
     """By its first bytes: the preamble, or without one the first group of a data set, in either order of bytes."""
     with path.open("rb") as file:
         start = file.read(132)

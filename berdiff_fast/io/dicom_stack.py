@@ -95,14 +95,8 @@ def stack(frames: Sequence[Frame], *, keep: bool) -> Stack:
     if not any(frame.is_placed for frame in frames) and first.of == len(frames):
         # Frames of one file that lie nowhere, such as a film; their order is all there is.
         return Stack([*range(len(frames))], None, (0.0, 0.0, 0.0), np.eye(3), False)
-    missing = [frame.name for frame in frames if not frame.is_placed]
-    if missing:
-        raise ValueError(f"has slices without a position: {missing[0]} and {len(missing) - 1} more")
-    _check_parallel(frames)
+    heights, normal = heights_of(frames)
     assert first.orientation is not None
-    _check_orientation(first)
-    normal = np.cross(first.orientation[:3], first.orientation[3:])
-    heights = np.array([frame.position @ normal for frame in frames])
     steps = np.diff(heights)
     steady = keep and ((steps > 1e-6).all() or (steps < -1e-6).all())
     order = [*range(len(frames))] if steady else [int(i) for i in np.argsort(heights, kind="stable")]
@@ -117,6 +111,24 @@ def stack(frames: Sequence[Frame], *, keep: bool) -> Stack:
         spacing = (float(first.spacing[1]), float(first.spacing[0]), between)
     x, y, z = positions[0]
     return Stack(order, spacing, (float(x), float(y), float(z)), direction, True, notes)
+
+
+def heights_of(frames: Sequence[Frame]) -> tuple[np.ndarray, np.ndarray]:
+    """How far frames lie along their normal, in mm, and the normal, (3,), evenly spaced or not.
+
+    Raises:
+        ValueError: they differ in size or spacing, have no position, or are not parallel.
+    """
+    _check_sizes(frames)
+    missing = [frame.name for frame in frames if not frame.is_placed]
+    if missing:
+        raise ValueError(f"has slices without a position: {missing[0]} and {len(missing) - 1} more")
+    _check_parallel(frames)
+    first = frames[0]
+    assert first.orientation is not None
+    _check_orientation(first)
+    normal = np.cross(first.orientation[:3], first.orientation[3:])
+    return np.array([frame.position @ normal for frame in frames]), normal
 
 
 def _single(frame: Frame) -> Stack:

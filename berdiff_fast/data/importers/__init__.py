@@ -8,9 +8,10 @@ file of its own, which lists the slices of a tree that looks like it (``trees.La
 
 from berdiff_fast.data.importers.report import FORMAT, Report
 from berdiff_fast.data.importers.splits import split_of
+from berdiff_fast.data.importers.tcia_import import import_tcia
 from berdiff_fast.data.importers.tree_import import import_tree
 from berdiff_fast.data.importers.trees import Problem
 from berdiff_fast.data.importers.volume_import import import_volumes
 from berdiff_fast.data.importers.writing import SplitReport
 
-__all__ = ["FORMAT", "Problem", "Report", "SplitReport", "import_tree", "import_volumes", "split_of"]
+__all__ = ["FORMAT", "Problem", "Report", "SplitReport", "import_tcia", "import_tree", "import_volumes", "split_of"]

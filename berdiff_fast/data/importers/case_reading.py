@@ -94,9 +94,9 @@ class CaseReader:
             raise ValueError(f"{self.root / path}: {words}") from None
 
 
-def cut_around(x: np.ndarray, middle: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
-    """The (..., H, W) around a point of (..., h, w), with zeros beyond."""
-    found = np.zeros((*x.shape[:-2], *size), x.dtype)
+def cut_around(x: np.ndarray, middle: tuple[float, float], size: tuple[int, int], beyond: float = 0) -> np.ndarray:
+    """The (..., H, W) around a point of (..., h, w), with zeros, or another value, beyond."""
+    found = np.full((*x.shape[:-2], *size), beyond, x.dtype)
     starts = [round(m - s / 2) for m, s in zip(middle, size, strict=True)]
     ours = [slice(max(0, -start), min(s, n - start)) for start, s, n in zip(starts, size, x.shape[-2:], strict=True)]
     theirs = [slice(max(0, start), min(n, start + s)) for start, s, n in zip(starts, size, x.shape[-2:], strict=True)]

@@ -124,7 +124,7 @@ def compiled(template: str, channels: Sequence[str] = ()) -> re.Pattern[str]:
 
 def detect_volumes(root: Path) -> dict[str, str]:
     """Layouts that the tree looks like, and what shows it."""
-    paths = list(_files(root, depth=2, at_most=2000))
+    paths = list(paths_in(root, depth=2, at_most=2000))
     found = {}
     for name, layout in VOLUME_LAYOUTS.items():
         images = [p for p in paths if _is_image(p, layout)]
@@ -159,7 +159,7 @@ def list_cases(
     of_masks = [compiled(t) for t in layout.masks]
     images: dict[str, dict[str, str]] = {}
     masks: dict[str, dict[int, str]] = {}
-    for path in _files(root, depth=4):
+    for path in paths_in(root, depth=4):
         case_of_mask = next((m for p in of_masks if (m := p.fullmatch(path))), None)
         case_of_image = next((m for p in of_images if (m := p.fullmatch(path))), None)
         if case_of_mask and not (case_of_image and wanted):
@@ -196,7 +196,7 @@ def _once(found: dict[Any, str], key: Any, path: str, problems: Problems) -> Non
         problems.add(path, f"duplicate: {found[key]} is the same of the same case")
 
 
-def _files(root: Path, depth: int, at_most: int = 2**62) -> Iterator[str]:
+def paths_in(root: Path, depth: int, at_most: int = 2**62) -> Iterator[str]:
     """Files of a tree, in natural order, without hidden ones."""
     count = 0
     for where, folders, files in os.walk(root):

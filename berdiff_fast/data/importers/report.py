@@ -32,6 +32,8 @@ class Report:
         notes: what a user should know about this import.
         parameters: the arguments of the call.
         berdiff_fast, format: versions of the package and of the HDF5 layout.
+        readings: of the layout "tcia": how many nodules, readings and other marks there are, in each scan and
+            altogether; not told of other layouts.
     """
 
     source: str
@@ -47,10 +49,12 @@ class Report:
     parameters: dict[str, Any]
     berdiff_fast: str
     format: int = FORMAT
+    readings: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        told = {name: value for name, value in asdict(self).items() if name != "readings" or value is not None}
+        return json.dumps(told, indent=2) + "\n"
 
     def to_text(self) -> str:
         """The report in a few lines; of many problems only the first."""

@@ -78,7 +78,7 @@ class Tree:
 
     def folders(self, where: str, pattern: str = ".*") -> list[re.Match[str]]:
         """The folders in ``where`` whose whole name matches; all else there is ignored."""
-        folders, files = self._list(where)
+        folders, files = self.entries(where)
         self.ignored += [_join(where, name) for name in files]
         return [match for name in folders if (match := self._match(pattern, where, name))]
 
@@ -87,7 +87,7 @@ class Tree:
 
         Two of one stem are a problem.
         """
-        folders, files = self._list(where)
+        folders, files = self.entries(where)
         self.ignored += [_join(where, name) for name in folders]
         found: dict[str, str] = {}
         for name in files:
@@ -111,7 +111,8 @@ class Tree:
             self.ignored.append(_join(where, name))
         return match
 
-    def _list(self, where: str) -> tuple[list[str], list[str]]:
+    def entries(self, where: str) -> tuple[list[str], list[str]]:
+        """Names of the folders and of the files in ``where``."""
         folders: list[str] = []
         files: list[str] = []
         try:
