@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from berdiff_fast.data.importers.lidc_outlines import is_bridged
 from berdiff_fast.data.importers.trees import Problems, Tree
 from berdiff_fast.io import dicom, dicom_pixels
 from berdiff_fast.io.dicom_stack import Frame, heights_of, stack
-from berdiff_fast.io.quiet import without_chatter
+from berdiff_fast.io.quiet import line, without_chatter
 
 _DEEPEST = 8  # folders below the root; a link to a folder above it would lead on for ever
 
@@ -164,12 +165,13 @@ def _first(tree: Tree, folder: str, files: list[str]) -> Series | None:
     bad: tuple[str, str] | None = None
     for path in files:
         try:
-            header = read_header(tree.root / path)
+            with _reading():
+                header = dicom.read_header(tree.root / path)
+                modality, uid, patient = (_told(header, tag) for tag in ("Modality", "SeriesInstanceUID", "PatientID"))
         except ValueError as error:
             bad = bad or (path, str(error))
             continue
-        modality, uid = (str(header.get(name) or "").strip() for name in ("Modality", "SeriesInstanceUID"))
-        patient = str(header.get("PatientID") or "").strip() or folder.split("/")[0]
+        patient = patient or folder.split("/")[0]
         if patient and uid and f"{patient}{uid}".isprintable():
             return Series(folder, uid, modality, patient, tuple(files))
         lacking = "SeriesInstanceUID" if not uid else "PatientID"
@@ -179,17 +181,21 @@ def _first(tree: Tree, folder: str, files: list[str]) -> Series | None:
     return None
 
 
-def read_header(path: Path) -> Any:
-    """The header of one file.
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Whatever a library raises or prints on a broken file is one ValueError of one line, which does not name it.
 
-    Raises:
-        ValueError: it cannot be read; the message does not name it.
+    pydicom decodes an element when it is asked for, so that is to be done within.
     """
     try:
         with without_chatter():
-            return dicom.read_header(path)
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror or error}") from None
+            yield
+    except ImportError:
+        raise
+    except ValueError as error:
+        raise ValueError(line(error)) from None
+    except Exception as error:
+        raise ValueError(f"cannot be read: {line(error)}") from None
 
 
 # ---------------------------------------------------------------------- a scan
@@ -269,26 +275,37 @@ def _frames(tree: Tree, series: Series) -> tuple[list[Frame], dict[str, int]]:
     uids: dict[str, int] = {}
     for path in series.files:
         try:
-            header = read_header(tree.root / path)
-            found = {tag: str(header.get(tag) or "").strip() for tag in ("SeriesInstanceUID", "SOPInstanceUID")}
-            if found["SeriesInstanceUID"] != series.uid:
-                raise ValueError(f"is of series {found['SeriesInstanceUID']}, where others are of {series.uid}")
-            patient = str(header.get("PatientID") or "").strip()
-            if patient and patient != series.patient:
-                raise ValueError(f"is of patient {patient!r:.60}, where others are of {series.patient!r:.60}")
-            count, _, _ = dicom_pixels.judge(header)
-            if count != 1:
-                raise ValueError(f"holds {count} frames, where a file of a slice is expected")
-            ((frame, _),) = dicom.frames_of(header, tree.root / path, 1)
-            if not found["SOPInstanceUID"]:
-                raise ValueError("has no SOPInstanceUID, by which readings name a slice")
-            there = uids.setdefault(found["SOPInstanceUID"], len(frames))
-            if there != len(frames):
-                raise ValueError(f"duplicate: {frames[there].file.name} is the same slice")
+            with _reading():
+                frame, uid = _frame(tree.root / path, series)
         except ValueError as error:
             raise Bad(path, str(error)) from None
+        there = uids.setdefault(uid, len(frames))
+        if there != len(frames):
+            raise Bad(path, f"duplicate: {frames[there].file.name} is the same slice")
         frames.append(frame)
     return frames, uids
+
+
+def _frame(path: Path, series: Series) -> tuple[Frame, str]:
+    """A slice of a series, and its SOPInstanceUID."""
+    header = dicom.read_header(path)
+    found, patient = _told(header, "SeriesInstanceUID"), _told(header, "PatientID")
+    if found != series.uid:
+        raise ValueError(f"is of series {found:.80}, where others are of {series.uid}")
+    if patient and patient != series.patient:
+        raise ValueError(f"is of patient {patient!r:.60}, where others are of {series.patient!r:.60}")
+    count, _, _ = dicom_pixels.judge(header)
+    if count != 1:
+        raise ValueError(f"holds {count} frames, where a file of a slice is expected")
+    uid = _told(header, "SOPInstanceUID")
+    if not uid:
+        raise ValueError("has no SOPInstanceUID, by which readings name a slice")
+    ((frame, _),) = dicom.frames_of(header, path, 1)
+    return frame, uid
+
+
+def _told(header: Any, tag: str) -> str:
+    return str(header.get(tag) or "").strip()
 
 
 def _check_place(xml: str, where: str, outline: lidc_xml.Outline, frames: list[Frame], number: int) -> None:
