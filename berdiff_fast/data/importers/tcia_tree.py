@@ -45,8 +45,8 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Slice:
-    """A slice that a reading names: its file, and its place among all of the scan from below (along the normal)."""
+class Place:
+    """Of a slice that a reading names: its file, and its number among all of the scan from below (along the normal)."""
 
     path: str
     index: int
@@ -70,7 +70,7 @@ class Scan:
     xml: str
     shape: tuple[int, int]
     spacing: tuple[float, float] | None
-    slices: dict[str, Slice]
+    slices: dict[str, Place]
     sessions: tuple[int, ...]
     outlines: int
     counts: dict[str, Any]
@@ -109,8 +109,25 @@ def find(tree: Tree, progress: bool = False) -> Found:
         if by_uid.setdefault(series.uid, series) is not series:
             there = by_uid[series.uid].name
             tree.problems.add(series.name, f"duplicate: series {series.uid} is also in {there}")
-    beside = {series.folder: series for series in ct}
+    readings = _readings(tree, xmls, {series.folder: series for series in ct}, found)
     reading_of: dict[str, str] = {}
+    for uid, path in readings:
+        if uid not in by_uid:
+            tree.problems.add(path, f"reads series {uid:.80}, of which there is no CT here")
+        elif reading_of.setdefault(uid, path) != path:
+            tree.problems.add(path, f"duplicate: {reading_of[uid]} reads the same series")
+    for uid, series in by_uid.items():
+        if uid in reading_of:
+            found.pairs.append((series, reading_of[uid]))
+        else:
+            tree.problems.add(series.name, f"there is no XML that reads its series {uid}")
+    return found
+
+
+def _readings(
+    tree: Tree, xmls: list[tuple[str, str]], beside: dict[str, Series], found: Found
+) -> Iterator[tuple[str, str]]:
+    """The series' UID and the path of each reading of a CT, from folders and paths of XML files."""
     for folder, path in xmls:
         try:
             message = lidc_xml.read(tree.root / path)
@@ -121,17 +138,9 @@ def find(tree: Tree, progress: bool = False) -> Found:
         if message.chest_xray:
             found.chest_xrays += 1
         elif near is not None and near.uid != message.series:
-            tree.problems.add(path, f"reads series {message.series}, and lies beside series {near.uid}")
-        elif message.series not in by_uid:
-            tree.problems.add(path, f"reads series {message.series}, of which there is no CT here")
-        elif reading_of.setdefault(message.series, path) != path:
-            tree.problems.add(path, f"duplicate: {reading_of[message.series]} reads the same series")
-    for uid, series in by_uid.items():
-        if uid in reading_of:
-            found.pairs.append((series, reading_of[uid]))
+            tree.problems.add(path, f"reads series {message.series:.80}, and lies beside series {near.uid}")
         else:
-            tree.problems.add(series.name, f"there is no XML that reads its series {uid}")
-    return found
+            yield message.series, path
 
 
 def _folders(tree: Tree, where: str, depth: int) -> Iterator[tuple[str, list[str]]]:
@@ -236,7 +245,7 @@ def _judged(tree: Tree, series: Series, xml: str) -> Scan:
     sessions = tuple(k for k, one in enumerate(message.sessions) if not one.slice_uids or one.slice_uids & uids.keys())
     first = frames[0]
     size = (first.rows, first.columns)
-    slices: dict[str, Slice] = {}
+    slices: dict[str, Place] = {}
     for session in sessions:
         for nodule in message.sessions[session].nodules:
             where = f"session {session + 1}, nodule {nodule.name[:40]!r}"
@@ -246,7 +255,7 @@ def _judged(tree: Tree, series: Series, xml: str) -> Scan:
                     raise Bad(xml, f"{where}: series {series.uid} misses its slice {outline.slice_uid}")
                 _check_place(xml, where, outline, frames, number)
                 _check_inside(xml, where, outline, size)
-                slices[outline.slice_uid] = Slice(series.files[number], index_of[number])
+                slices[outline.slice_uid] = Place(series.files[number], index_of[number])
     spacing = None if first.spacing is None else (float(first.spacing[0]), float(first.spacing[1]))
     read = [message.sessions[k] for k in sessions]
     outlines = [o for one in read for nodule in one.nodules for o in nodule.outlines]

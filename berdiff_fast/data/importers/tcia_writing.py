@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from berdiff_fast.data import pixels
-from berdiff_fast.data.importers import lidc_xml, trees
+from berdiff_fast.data.importers import lidc_xml
 from berdiff_fast.data.importers.lidc_nodules import grouped
 from berdiff_fast.data.importers.lidc_outlines import Body
 from berdiff_fast.data.importers.tcia_cuts import Cutter
 from berdiff_fast.data.importers.tcia_tree import Bad, Scan
-from berdiff_fast.data.importers.trees import SPLITS, Tree
+from berdiff_fast.data.importers.trees import SPLITS, Slice, Tree
 from berdiff_fast.data.importers.writing import SplitReport, Writer
 from berdiff_fast.imaging import volumes
 from berdiff_fast.io.volume import Volume
@@ -38,7 +38,7 @@ class Nodules:
         twice: nodules with two outlines of one session.
         hollow: readings that enclose no pixel.
         crowded: slices that show another nodule of the scan, too.
-        spacings: of the scans' pixels, rounded.
+        spacings: of the scans' pixels.
     """
 
     scans: list[dict[str, Any]] = field(default_factory=list)
@@ -121,11 +121,11 @@ def write_scans(
             for cut in cuts:
                 nodule = first_nodule[patient] + cut.nodule
                 files = dict.fromkeys(range(len(scan.sessions)), scan.xml)
-                one = trees.Slice(patient, str(nodule), cut.index, cut.path, files)
+                one = Slice(patient, str(nodule), cut.index, cut.path, files)
                 writers[name].append(cut.image, cut.masks.astype(np.uint8), ids[patient], nodule, one, valid)
             first_nodule[patient] += of_scan.count
             if cuts:
-                nodules.spacings.add(scan.spacing and (round(scan.spacing[0], 4), round(scan.spacing[1], 4)))
+                nodules.spacings.add(scan.spacing)
                 if number // every >= len(shown):
                     best = max(cuts, key=lambda cut: cut.masks.sum())
                     shown.append((pixels.to_image(best.image, _LUNG), best.masks.astype(np.uint8)))
