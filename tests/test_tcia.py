@@ -356,7 +356,10 @@ def test_spacing(tmp_path):
     report = import_tcia(tmp_path / "tree", tmp_path / "own", **ALL)
     assert "scans differ in pixel spacing (2 kinds)" in report.to_text()
     assert RaterDataset(tmp_path / "own" / "train.h5").pixel_spacing is None
-    import_tcia(tmp_path / "tree", tmp_path / "one", **ALL, spacing=0.375)
+    tree(tmp_path / "alone", PixelSpacing=["0.6640625", "0.6640625"])
+    import_tcia(tmp_path / "alone", tmp_path / "all", **ALL)
+    assert RaterDataset(tmp_path / "all" / "train.h5").pixel_spacing == (0.6640625, 0.6640625)
+    import_tcia(tmp_path / "tree", tmp_path / "one", **ALL, pixel_spacing=0.375)
     assert RaterDataset(tmp_path / "one" / "train.h5").pixel_spacing == (0.375, 0.375)
     first, second = (
         next(one for one in rows(tmp_path / "one") if one["patient_id"] == patient and one["slice"] == 2)

@@ -64,6 +64,14 @@ def cut_short(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def unknown_kind(folder: Path) -> None:
+    """Rows of a kind that DICOM does not have: pydicom finds out when it is asked for them."""
+    path = folder / "1-005.dcm"
+    data = path.read_bytes()
+    assert data.count(b"\x28\0\x10\0US") == 1
+    path.write_bytes(data.replace(b"\x28\0\x10\0US", b"\x28\0\x10\0UW"))
+
+
 def lonely(folder: Path) -> None:
     """A reading without a CT."""
     write_xml(folder.parent.parent / "readings" / "100.xml", reading(*FOUR, series="1.7"))
@@ -107,6 +115,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "larger than the cut": (marks(box("a", (3,), 20, 20, 20, 40)), "069.xml", "beyond the 32 x 32 pixels that are cut"),
     "no DICOM": (file("1-005.dcm", b"not at all" * 99), "1-005.dcm", "cannot be read"),
     "cut short": (cut_short, "1-005.dcm", "cut short"),
+    "an unknown kind": (unknown_kind, "1-005.dcm", "cannot be read: Unknown Value Representation"),
     "twice": (moved, "copy", f"duplicate: series {SERIES} is also in"),
     "two series": (tags(series="1.7"), "1-005.dcm", f"is of series 1.7, where others are of {SERIES}"),
     "a copy": (lambda f: shutil.copy(f / "1-005.dcm", f / "1-005 (1).dcm"), "1-005.dcm", "is the same slice"),
@@ -197,12 +206,12 @@ def test_trees_without_nodules(tmp_path, make, words):
     ("options", "words"),
     [
         (dict(size=(0, 5)), "size must be"),
-        (dict(spacing=0), "spacing must be one or two numbers of mm"),
-        (dict(spacing=float("nan")), "spacing must be"),
-        (dict(spacing=(0.7, 0.7, 2.5)), "spacing must be"),
-        (dict(spacing="fine"), "spacing must be"),
-        (dict(spacing=True), "spacing must be"),
-        (dict(spacing=1e-9), "spacing must be"),
+        (dict(pixel_spacing=0), "pixel_spacing must be one or two numbers of mm"),
+        (dict(pixel_spacing=float("nan")), "pixel_spacing must be"),
+        (dict(pixel_spacing=(0.7, 0.7, 2.5)), "pixel_spacing must be"),
+        (dict(pixel_spacing="fine"), "pixel_spacing must be"),
+        (dict(pixel_spacing=True), "pixel_spacing must be"),
+        (dict(pixel_spacing=1e-9), "pixel_spacing must be"),
         (dict(on_error="ignore"), "on_error must be one of"),
         (dict(split="70/20"), "split must be"),
         (dict(seed=-1), "seed must be at least 0"),
@@ -219,7 +228,7 @@ def test_bad_arguments(tmp_path, options, words):
 def test_a_scan_without_spacing_cannot_be_resampled(tmp_path):
     tree(tmp_path / "tree", PixelSpacing=None)
     with pytest.raises(ValueError, match="has no PixelSpacing, and is to be resampled"):
-        import_tcia(tmp_path / "tree", tmp_path / "out", **ALL, spacing=0.5)
+        import_tcia(tmp_path / "tree", tmp_path / "out", **ALL, pixel_spacing=0.5)
     import_tcia(tmp_path / "tree", tmp_path / "out", **ALL)
     assert RaterDataset(tmp_path / "out" / "train.h5").pixel_spacing is None
 
@@ -294,19 +303,28 @@ def run(*words: Any) -> subprocess.CompletedProcess[str]:
 def test_the_command(tmp_path):
     two_scans(tmp_path / "tree")
     done = run(
-        tmp_path / "tree", tmp_path / "out", "--split", "100/0/0", "--spacing", "0.7", "--size", "48", "48", "--json"
+        tmp_path / "tree",
+        tmp_path / "out",
+        "--split",
+        "100/0/0",
+        "--pixel-spacing",
+        "0.7",
+        "--size",
+        "48",
+        "48",
+        "--json",
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["layout"] == "tcia" and told["parameters"]["spacing"] == [0.7, 0.7] and told["size"] == [48, 48]
+    assert told["layout"] == "tcia" and told["parameters"]["pixel_spacing"] == [0.7, 0.7] and told["size"] == [48, 48]
     assert told["readings"]["nodules"] == 4
     for options, words in (
         (["--window", "-1000", "400"], "window is for trees of pictures, and this is one of CT scans (tcia)"),
         (["--channels", "t1"], "channels is for trees of volumes"),
         (["--rater-count", "4"], "rater_count is for trees of pictures"),
-        (["--spacing", "0.7", "0.7", "0.7"], "spacing must be one or two numbers"),
-        (["--layout", "slices", "--spacing", "0.7"], "spacing is for trees of CT scans (tcia)"),
-        (["--layout", "brats", "--spacing", "0.7"], "spacing is for trees of CT scans (tcia)"),
+        (["--pixel-spacing", "0.7", "0.7", "0.7"], "pixel_spacing must be one or two numbers"),
+        (["--layout", "slices", "--pixel-spacing", "0.7"], "pixel_spacing is for trees of CT scans (tcia)"),
+        (["--layout", "brats", "--pixel-spacing", "0.7"], "pixel_spacing is for trees of CT scans (tcia)"),
     ):
         done = run(tmp_path / "tree", tmp_path / "no", "--quiet", *options)
         assert done.returncode != 0 and words in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
@@ -316,7 +334,7 @@ def test_the_command(tmp_path):
 def test_from_the_archive_to_masks(tmp_path):
     """Import, training on Hounsfield units, evaluation, and masks of the scan itself around a nodule."""
     folder = two_scans(tmp_path / "tree")
-    import_tcia(tmp_path / "tree", tmp_path / "data", **ALL, size=(32, 32), spacing=0.75)
+    import_tcia(tmp_path / "tree", tmp_path / "data", **ALL, size=(32, 32), pixel_spacing=0.75)
     path = train(
         TrainConfig(
             output=str(tmp_path / "run"),

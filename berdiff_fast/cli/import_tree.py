@@ -43,7 +43,7 @@ class Import(Command):
       berdiff-fast import ct data/ct --layout plain --window -1000 400 --patient-pattern '(?P<patient>[^-]+)-'
       berdiff-fast import skin data/skin --colour --size 256 256 --resize
       berdiff-fast import BraTS2021 data/brats --regions WT=1,2,4 TC=1,4 ET=4
-      berdiff-fast import LIDC-IDRI data/lidc --layout tcia --spacing 0.7
+      berdiff-fast import LIDC-IDRI data/lidc --layout tcia --pixel-spacing 0.7
 
     Nothing is written unless everything is. Pictures become 8 bits, and Hounsfield units are lost, unless a --depth
     keeps them. Volumes and tcia keep their units. More: docs/data.md
@@ -56,7 +56,7 @@ class Import(Command):
         seed: fixes the split
         split_file: the splits.json of another import, instead
         size: in pixels; none: that of the first slice; of tcia, 128 128
-        spacing: of tcia: of pixels, in mm, which slices are resampled to; none: the scan's own
+        pixel_spacing: of tcia: in mm, what slices are resampled to; none: the scan's own
         resize: resize slices to --size
         crop: cut --size out of their middle
         rater_count: masks per slice; none: as many as are found
@@ -90,7 +90,7 @@ class Import(Command):
     seed: int = 0
     split_file: Annotated[str | None, arg(metavar="JSON")] = None
     size: Annotated[tuple[int, int] | None, arg(metavar="H W")] = None
-    spacing: Annotated[tuple[float, ...], arg(metavar="ROW [COLUMN]")] = ()
+    pixel_spacing: Annotated[tuple[float, ...], arg(metavar="ROW [COLUMN]")] = ()
     resize: Annotated[Flag, _FIT] = False
     crop: Annotated[Flag, _FIT] = False
     rater_count: int | None = None
@@ -163,7 +163,7 @@ class Import(Command):
         from berdiff_fast.data import importers
 
         self._refuse(_PICTURES, "pictures", "volumes")
-        self._refuse(("spacing",), "CT scans (tcia)", "volumes")
+        self._refuse(("pixel_spacing",), "CT scans (tcia)", "volumes")
         return importers.import_volumes(
             self.source,
             self.output,
@@ -197,7 +197,7 @@ class Import(Command):
             self.split,
             self.seed,
             split_file=self.split_file,
-            spacing=self.spacing or None,
+            pixel_spacing=self.pixel_spacing or None,
             on_error=self.on_error,
             overwrite=self.overwrite,
             preview=self.preview,
@@ -214,7 +214,7 @@ class Import(Command):
         from berdiff_fast.data import importers
 
         self._refuse(_VOLUMES, "volumes", "pictures")
-        self._refuse(("spacing",), "CT scans (tcia)", "pictures")
+        self._refuse(("pixel_spacing",), "CT scans (tcia)", "pictures")
         options: dict[str, Any] = {} if self.patient_pattern is None else {"patient_pattern": self.patient_pattern}
         return importers.import_tree(
             self.source,

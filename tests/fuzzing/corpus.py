@@ -27,7 +27,7 @@ def main() -> None:
     for path in FOLDER.iterdir() if FOLDER.is_dir() else ():
         if path.name != "found":  # mutants that something was wrong with stay
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for make in (nifti, text_headers, dicom, pictures, hdf5, weights, texts, results):
+    for make in (nifti, text_headers, dicom, lidc, pictures, hdf5, weights, texts, results):
         make()
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     print(f"{len(files)} files, {sum(path.stat().st_size for path in files)} bytes in {FOLDER}")
@@ -156,6 +156,16 @@ def dicom() -> None:
     item.ReferencedROINumber, item.ContourSequence = 1, Sequence([contour])
     contours.StructureSetROISequence, contours.ROIContourSequence = Sequence([region]), Sequence([item])
     contours.save_as(masks / "contours.dcm", enforce_file_format=True)
+
+
+def lidc() -> None:
+    """A CT series of four slices, and a reading of it."""
+    import tcia_cases as cases
+
+    where = folder("lidc")
+    cases.write_series(where, 4, size=(20, 24))
+    sessions = ([cases.box("a", (1, 2), 6, 8, 5, 4)], [cases.box("b", (2,), 6, 8, 4, 5), cases.non_nodule(3)])
+    cases.write_xml(where / "069.xml", cases.reading(*sessions))
 
 
 def pictures() -> None:

@@ -207,6 +207,31 @@ def yaml_text(data: bytes, rng: random.Random) -> bytes:
     return yaml.safe_dump(value, allow_unicode=rng.random() < 0.5).encode("utf-8", "surrogatepass")
 
 
+def xml_elements(data: bytes, rng: random.Random) -> bytes:
+    """Elements without children taken away, doubled, exchanged, given other texts; or what no reading declares."""
+    if rng.random() < 0.1:
+        bombs = [b'<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]>', b"<!DOCTYPE x SYSTEM 'file:///etc/passwd'>"]
+        head, _, rest = data.partition(b"?>")
+        return rng.choice([head + b"?>" + rng.choice(bombs) + rest, b"<a>" * 100_000, data + data])
+    text = data.decode("latin-1")
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        found = list(re.finditer(r"<(\w+)>([^<>]*)</\1>", text))
+        one = rng.choice(found)
+        kind = rng.choice(["text", "text", "text", "number", "number", "drop", "double", "swap", "name"])
+        new = ""
+        if kind in ("text", "number"):
+            value = rng.choice([*map(str, NUMBERS), "0.5", "nan", "1e30"] if kind == "number" else [*WORDS, "FALSE"])
+            new = f"<{one[1]}>{value}</{one[1]}>"
+        elif kind == "double":
+            new = one[0] * rng.choice([2, 2, 2, 5000])
+        elif kind == "swap":
+            new = rng.choice(found)[0]
+        elif kind == "name":
+            new = one[0].replace(one[1], rng.choice(found)[1])
+        text = text[: one.start()] + new + text[one.end() :]
+    return text.encode("latin-1", "replace")
+
+
 def safetensors_header(data: bytes, rng: random.Random) -> bytes:
     """The JSON in front, and the description in it, which loses its checksum, as files of before had none."""
     (length,) = struct.unpack("<Q", data[:8])

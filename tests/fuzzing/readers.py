@@ -113,6 +113,19 @@ def imported(path: Path) -> None:
             assert masks.ndim == 4, "masks of another shape"
 
 
+def lidc(path: Path) -> None:
+    """A CT series with its reading, one of which is the mutant."""
+    from berdiff_fast.data.hdf5 import RaterDataset
+    from berdiff_fast.data.importers import import_tcia
+
+    output = path.parent.parent / "imported"
+    import_tcia(path.parent, output, size=(16, 16), progress=False)
+    for file in output.glob("*.h5"):
+        for image, masks in RaterDataset(file):
+            assert image.shape == (1, 16, 16), "an image of another shape"
+            assert masks.any(), "a slice in which nobody marked anything"
+
+
 def tree_of(path: Path, patients: int) -> Path:
     """A sound tree beside the mutant's folder."""
     tree = path.parent.parent / "tree"
@@ -298,6 +311,8 @@ READERS: dict[str, Reader] = {
     "dicom-series": Reader(("dicom/series/*.dcm",), series, (header_of(1000), dicom_elements)),
     "dicom-enhanced": Reader(("dicom/enhanced/*.dcm",), volume, (header_of(2700), dicom_elements, dicom_elements)),
     "dicom-masks": Reader(("dicom/masks/*.dcm",), rater, (header_of(4300), dicom_elements, dicom_elements)),
+    "lidc": Reader(("lidc/*.xml",), lidc, (any_bytes, mutate.xml_elements, mutate.xml_elements), named=False),
+    "lidc-ct": Reader(("lidc/*-002.dcm",), lidc, (header_of(700), dicom_elements), named=False),
     "png": Reader(("pictures/*.png",), volume, (any_bytes, mutate.png_chunks, mutate.png_chunks)),
     "jpeg": Reader(("pictures/*.jpg",), volume, (any_bytes, mutate.jpeg_segments)),
     "tiff": Reader(("pictures/*.tif",), volume, (any_bytes, mutate.tiff_entries, mutate.tiff_entries)),

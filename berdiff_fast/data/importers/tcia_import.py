@@ -44,7 +44,7 @@ def check_spacing(spacing: Any) -> tuple[float, float]:
         good = False
     if not good:
         raise ValueError(
-            f"spacing must be one or two numbers of mm (row, column), {_FINEST} to {_COARSEST:g}, got {spacing!r:.80}"
+            f"pixel_spacing must be one or two numbers of mm, {_FINEST} to {_COARSEST:g}, got {spacing!r:.80}"
         )
     return row, column
 
@@ -57,7 +57,7 @@ def import_tcia(
     *,
     split_file: str | os.PathLike[str] | None = None,
     size: Sequence[int] = SIZE,
-    spacing: float | Sequence[float] | None = None,
+    pixel_spacing: float | Sequence[float] | None = None,
     on_error: str = "stop",
     overwrite: bool = False,
     preview: bool = True,
@@ -72,8 +72,7 @@ def import_tcia(
     Args:
         source, output, split, seed, split_file, overwrite, preview, progress: as in ``import_tree``.
         size: (H, W) of a cut, in pixels.
-        spacing: of these pixels in mm, one number or (row, column), which slices are resampled to; by default the
-            scan's own.
+        pixel_spacing: in mm, one number or (row, column), what slices are resampled to; by default the scan's own.
         on_error: "stop" at the first bad file, or "skip" the scan that it is of and list it in ``Report.problems``.
 
     Returns:
@@ -90,7 +89,7 @@ def import_tcia(
     if shares is not None and split_file is not None:
         raise ValueError("split and split_file cannot both be given")
     exact = check_size(size)
-    wanted = None if spacing is None else check_spacing(spacing)
+    wanted = None if pixel_spacing is None else check_spacing(pixel_spacing)
     lists = None if split_file is None else read_splits(Path(split_file))
     check_source(root)
     check_output(root, target, overwrite)
@@ -116,7 +115,7 @@ def import_tcia(
         "split": list(shares or DEFAULT_SPLIT) if rule is RULE else rule,
         "seed": seed,
         "size": list(exact),
-        "spacing": None if wanted is None else list(wanted),
+        "pixel_spacing": None if wanted is None else list(wanted),
         "overlap": OVERLAP,
         "on_error": on_error,
         "scaling": "none: Hounsfield units, rounded to whole ones",
@@ -168,7 +167,7 @@ def _judged(
     for series, xml in tqdm(found.pairs, unit="scan", desc="headers", disable=None if progress else True):
         scan = judge(tree, series, xml, problems)
         if scan is not None and wanted is not None and scan.spacing is None:
-            problems.add(series.name, "has no PixelSpacing, and is to be resampled to another (spacing)")
+            problems.add(series.name, "has no PixelSpacing, and is to be resampled (pixel_spacing)")
         elif scan is not None:
             scans.append(scan)
     return scans
@@ -227,7 +226,7 @@ def _notes(
         (crowded, f"{_some(crowded, 'slice')} that show a part of another nodule, which the masks do not hold"),
         (
             own_spacing and kinds > 1,
-            f"scans differ in pixel spacing ({kinds} kinds): the files tell none; spacing (--spacing) makes them alike",
+            f"scans differ in pixel spacing ({kinds} kinds): the files tell none (--pixel-spacing makes them alike)",
         ),
         (not from_names, "patient_id is a patient's place in sorted order: not all names end in a number of their own"),
         *((not splits[name].slices, f"{name} has no slices, and no file") for name in SPLITS),

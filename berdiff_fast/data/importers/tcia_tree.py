@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from berdiff_fast.data.importers.lidc_outlines import is_bridged
 from berdiff_fast.data.importers.trees import Problems, Tree
 from berdiff_fast.io import dicom, dicom_pixels
 from berdiff_fast.io.dicom_stack import Frame, heights_of, stack
-from berdiff_fast.io.quiet import without_chatter
+from berdiff_fast.io.quiet import line, without_chatter
 
 _DEEPEST = 8  # folders below the root; a link to a folder above it would lead on for ever
 
@@ -44,8 +45,8 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Slice:
-    """A slice that a reading names: its file, and its place among all of the scan from below (along the normal)."""
+class Place:
+    """Of a slice that a reading names: its file, and its number among all of the scan from below (along the normal)."""
 
     path: str
     index: int
@@ -69,7 +70,7 @@ class Scan:
     xml: str
     shape: tuple[int, int]
     spacing: tuple[float, float] | None
-    slices: dict[str, Slice]
+    slices: dict[str, Place]
     sessions: tuple[int, ...]
     outlines: int
     counts: dict[str, Any]
@@ -108,8 +109,25 @@ def find(tree: Tree, progress: bool = False) -> Found:
         if by_uid.setdefault(series.uid, series) is not series:
             there = by_uid[series.uid].name
             tree.problems.add(series.name, f"duplicate: series {series.uid} is also in {there}")
-    beside = {series.folder: series for series in ct}
+    readings = _readings(tree, xmls, {series.folder: series for series in ct}, found)
     reading_of: dict[str, str] = {}
+    for uid, path in readings:
+        if uid not in by_uid:
+            tree.problems.add(path, f"reads series {uid:.80}, of which there is no CT here")
+        elif reading_of.setdefault(uid, path) != path:
+            tree.problems.add(path, f"duplicate: {reading_of[uid]} reads the same series")
+    for uid, series in by_uid.items():
+        if uid in reading_of:
+            found.pairs.append((series, reading_of[uid]))
+        else:
+            tree.problems.add(series.name, f"there is no XML that reads its series {uid}")
+    return found
+
+
+def _readings(
+    tree: Tree, xmls: list[tuple[str, str]], beside: dict[str, Series], found: Found
+) -> Iterator[tuple[str, str]]:
+    """The series' UID and the path of each reading of a CT, from folders and paths of XML files."""
     for folder, path in xmls:
         try:
             message = lidc_xml.read(tree.root / path)
@@ -120,17 +138,9 @@ def find(tree: Tree, progress: bool = False) -> Found:
         if message.chest_xray:
             found.chest_xrays += 1
         elif near is not None and near.uid != message.series:
-            tree.problems.add(path, f"reads series {message.series}, and lies beside series {near.uid}")
-        elif message.series not in by_uid:
-            tree.problems.add(path, f"reads series {message.series}, of which there is no CT here")
-        elif reading_of.setdefault(message.series, path) != path:
-            tree.problems.add(path, f"duplicate: {reading_of[message.series]} reads the same series")
-    for uid, series in by_uid.items():
-        if uid in reading_of:
-            found.pairs.append((series, reading_of[uid]))
+            tree.problems.add(path, f"reads series {message.series:.80}, and lies beside series {near.uid}")
         else:
-            tree.problems.add(series.name, f"there is no XML that reads its series {uid}")
-    return found
+            yield message.series, path
 
 
 def _folders(tree: Tree, where: str, depth: int) -> Iterator[tuple[str, list[str]]]:
@@ -164,12 +174,13 @@ def _first(tree: Tree, folder: str, files: list[str]) -> Series | None:
     bad: tuple[str, str] | None = None
     for path in files:
         try:
-            header = read_header(tree.root / path)
+            with _reading():
+                header = dicom.read_header(tree.root / path)
+                modality, uid, patient = (_told(header, tag) for tag in ("Modality", "SeriesInstanceUID", "PatientID"))
         except ValueError as error:
             bad = bad or (path, str(error))
             continue
-        modality, uid = (str(header.get(name) or "").strip() for name in ("Modality", "SeriesInstanceUID"))
-        patient = str(header.get("PatientID") or "").strip() or folder.split("/")[0]
+        patient = patient or folder.split("/")[0]
         if patient and uid and f"{patient}{uid}".isprintable():
             return Series(folder, uid, modality, patient, tuple(files))
         lacking = "SeriesInstanceUID" if not uid else "PatientID"
@@ -179,17 +190,21 @@ def _first(tree: Tree, folder: str, files: list[str]) -> Series | None:
     return None
 
 
-def read_header(path: Path) -> Any:
-    """The header of one file.
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Whatever a library raises or prints on a broken file is one ValueError of one line, which does not name it.
 
-    Raises:
-        ValueError: it cannot be read; the message does not name it.
+    pydicom decodes an element when it is asked for, so that is to be done within.
     """
     try:
         with without_chatter():
-            return dicom.read_header(path)
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror or error}") from None
+            yield
+    except ImportError:
+        raise
+    except ValueError as error:
+        raise ValueError(line(error)) from None
+    except Exception as error:
+        raise ValueError(f"cannot be read: {line(error)}") from None
 
 
 # ---------------------------------------------------------------------- a scan
@@ -230,7 +245,7 @@ def _judged(tree: Tree, series: Series, xml: str) -> Scan:
     sessions = tuple(k for k, one in enumerate(message.sessions) if not one.slice_uids or one.slice_uids & uids.keys())
     first = frames[0]
     size = (first.rows, first.columns)
-    slices: dict[str, Slice] = {}
+    slices: dict[str, Place] = {}
     for session in sessions:
         for nodule in message.sessions[session].nodules:
             where = f"session {session + 1}, nodule {nodule.name[:40]!r}"
@@ -240,7 +255,7 @@ def _judged(tree: Tree, series: Series, xml: str) -> Scan:
                     raise Bad(xml, f"{where}: series {series.uid} misses its slice {outline.slice_uid}")
                 _check_place(xml, where, outline, frames, number)
                 _check_inside(xml, where, outline, size)
-                slices[outline.slice_uid] = Slice(series.files[number], index_of[number])
+                slices[outline.slice_uid] = Place(series.files[number], index_of[number])
     spacing = None if first.spacing is None else (float(first.spacing[0]), float(first.spacing[1]))
     read = [message.sessions[k] for k in sessions]
     outlines = [o for one in read for nodule in one.nodules for o in nodule.outlines]
@@ -269,26 +284,37 @@ def _frames(tree: Tree, series: Series) -> tuple[list[Frame], dict[str, int]]:
     uids: dict[str, int] = {}
     for path in series.files:
         try:
-            header = read_header(tree.root / path)
-            found = {tag: str(header.get(tag) or "").strip() for tag in ("SeriesInstanceUID", "SOPInstanceUID")}
-            if found["SeriesInstanceUID"] != series.uid:
-                raise ValueError(f"is of series {found['SeriesInstanceUID']}, where others are of {series.uid}")
-            patient = str(header.get("PatientID") or "").strip()
-            if patient and patient != series.patient:
-                raise ValueError(f"is of patient {patient!r:.60}, where others are of {series.patient!r:.60}")
-            count, _, _ = dicom_pixels.judge(header)
-            if count != 1:
-                raise ValueError(f"holds {count} frames, where a file of a slice is expected")
-            ((frame, _),) = dicom.frames_of(header, tree.root / path, 1)
-            if not found["SOPInstanceUID"]:
-                raise ValueError("has no SOPInstanceUID, by which readings name a slice")
-            there = uids.setdefault(found["SOPInstanceUID"], len(frames))
-            if there != len(frames):
-                raise ValueError(f"duplicate: {frames[there].file.name} is the same slice")
+            with _reading():
+                frame, uid = _frame(tree.root / path, series)
         except ValueError as error:
             raise Bad(path, str(error)) from None
+        there = uids.setdefault(uid, len(frames))
+        if there != len(frames):
+            raise Bad(path, f"duplicate: {frames[there].file.name} is the same slice")
         frames.append(frame)
     return frames, uids
+
+
+def _frame(path: Path, series: Series) -> tuple[Frame, str]:
+    """A slice of a series, and its SOPInstanceUID."""
+    header = dicom.read_header(path)
+    found, patient = _told(header, "SeriesInstanceUID"), _told(header, "PatientID")
+    if found != series.uid:
+        raise ValueError(f"is of series {found:.80}, where others are of {series.uid}")
+    if patient and patient != series.patient:
+        raise ValueError(f"is of patient {patient!r:.60}, where others are of {series.patient!r:.60}")
+    count, _, _ = dicom_pixels.judge(header)
+    if count != 1:
+        raise ValueError(f"holds {count} frames, where a file of a slice is expected")
+    uid = _told(header, "SOPInstanceUID")
+    if not uid:
+        raise ValueError("has no SOPInstanceUID, by which readings name a slice")
+    ((frame, _),) = dicom.frames_of(header, path, 1)
+    return frame, uid
+
+
+def _told(header: Any, tag: str) -> str:
+    return str(header.get(tag) or "").strip()
 
 
 def _check_place(xml: str, where: str, outline: lidc_xml.Outline, frames: list[Frame], number: int) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from berdiff_fast.data import pixels
-from berdiff_fast.data.importers import lidc_xml, trees
+from berdiff_fast.data.importers import lidc_xml
 from berdiff_fast.data.importers.lidc_nodules import grouped
 from berdiff_fast.data.importers.lidc_outlines import Body
 from berdiff_fast.data.importers.tcia_cuts import Cutter
 from berdiff_fast.data.importers.tcia_tree import Bad, Scan
-from berdiff_fast.data.importers.trees import SPLITS, Tree
+from berdiff_fast.data.importers.trees import SPLITS, Slice, Tree
 from berdiff_fast.data.importers.writing import SplitReport, Writer
 from berdiff_fast.imaging import volumes
 from berdiff_fast.io.volume import Volume
@@ -38,7 +38,7 @@ class Nodules:
         twice: nodules with two outlines of one session.
         hollow: readings that enclose no pixel.
         crowded: slices that show another nodule of the scan, too.
-        spacings: of the scans' pixels, rounded.
+        spacings: of the scans' pixels.
     """
 
     scans: list[dict[str, Any]] = field(default_factory=list)
@@ -121,11 +121,11 @@ def write_scans(
             for cut in cuts:
                 nodule = first_nodule[patient] + cut.nodule
                 files = dict.fromkeys(range(len(scan.sessions)), scan.xml)
-                one = trees.Slice(patient, str(nodule), cut.index, cut.path, files)
+                one = Slice(patient, str(nodule), cut.index, cut.path, files)
                 writers[name].append(cut.image, cut.masks.astype(np.uint8), ids[patient], nodule, one, valid)
             first_nodule[patient] += of_scan.count
             if cuts:
-                nodules.spacings.add(scan.spacing and (round(scan.spacing[0], 4), round(scan.spacing[1], 4)))
+                nodules.spacings.add(scan.spacing)
                 if number // every >= len(shown):
                     best = max(cuts, key=lambda cut: cut.masks.sum())
                     shown.append((pixels.to_image(best.image, _LUNG), best.masks.astype(np.uint8)))
@@ -163,31 +163,30 @@ def _cuts(
         hollow=sum(not any(mask.any() for mask in body.masks.values()) for body in bodies),
     )
     cutter = Cutter.of(size, scan.shape, scan.spacing, spacing)
-    read: dict[str, Volume] = {}
     found = []
-    for number, one in enumerate(groups):
-        for uid in one.slices:
-            there = scan.slices[uid]
-            cut, complete = cutter.masks(one.masks(uid), one.middle)
+    # A slice is read once, and not kept.
+    for uid in sorted({uid for one in groups for uid in one.slices}, key=lambda uid: scan.slices[uid].index):
+        there, volume = scan.slices[uid], _slice(tree, scan.slices[uid].path, scan.shape)
+        seen = {number: one.masks(uid) for number, one in enumerate(groups) if uid in one.slices}
+        for number, masks in seen.items():
+            middle = groups[number].middle
+            cut, complete = cutter.masks(masks, middle)
             if not complete:
-                row, column = one.middle
                 raise Bad(
                     scan.xml,
-                    f"the nodule at row {row:g}, column {column:g} of {there.path} reaches beyond the "
+                    f"the nodule at row {middle[0]:g}, column {middle[1]:g} of {there.path} reaches beyond the "
                     f"{pixels.by(size)} pixels that are cut out (size)",
                 )
             if not cut.any():  # resampled away
                 continue
-            if uid not in read:
-                read[uid] = _slice(tree, there.path, scan.shape)
-            others = [other.masks(uid) for other in groups if other is not one and uid in other.slices]
-            counts.crowded += any(cutter.masks(other, one.middle)[0].any() for other in others)
-            image = np.rint(cutter.image(read[uid], one.middle))
+            others = (other for k, other in seen.items() if k != number)
+            counts.crowded += any(cutter.masks(other, middle)[0].any() for other in others)
+            image = np.rint(cutter.image(volume, middle))
             if image.min() < _INT16.min or image.max() > _INT16.max:
                 told = f"from {image.min():g} to {image.max():g}"
                 raise Bad(there.path, f"has values {told}, which are no Hounsfield units")
             found.append(Cut(number, there.index, there.path, image.astype(np.int16), cut))
-    return found, counts
+    return sorted(found, key=lambda cut: (cut.nodule, cut.index)), counts
 
 
 class _Nodule:
