@@ -37,6 +37,8 @@ class Import(Command):
       berdiff-fast import ct data/ct --layout plain --window -1000 400 --patient-pattern '(?P<patient>[^-]+)-'
       berdiff-fast import skin data/skin --colour --size 256 256 --resize
       berdiff-fast import BraTS2021 data/brats --regions WT=1,2,4 TC=1,4 ET=4
+      berdiff-fast import BraTS2021 data/brats25 --context 1
+      berdiff-fast import BraTS2021 data/brats3d --volumes --size 64 128 128
 
     Nothing is written unless everything is. Pictures become 8 bits, and Hounsfield units are lost, unless a --depth
     keeps them. Volumes keep their units. More: docs/data.md
@@ -48,7 +50,7 @@ class Import(Command):
         split: train/val/test in per cent; none: the tree's own splits, else 70/10/20
         seed: fixes the split
         split_file: the splits.json of another import, instead
-        size: in pixels; none: that of the first slice
+        size: in pixels; none: that of the first slice, or what holds every volume; D H W with --volumes
         resize: resize slices to --size
         crop: cut --size out of their middle
         rater_count: masks per slice; none: as many as are found
@@ -63,6 +65,8 @@ class Import(Command):
         empty_share: of volumes: share of the slices without a mark that is taken
         plane: of volumes: axial, coronal or sagittal slices
         foreground: of volumes: cut around what is not 0: auto (brats), true or false
+        context: of volumes: so many neighbours above and below a slice are channels beside it
+        volumes: of volumes: write whole volumes, for a network of three dimensions, not slices
         colour: pictures are in colour: three channels R, G and B
         depth: of the images in the file: 8, 16, float16 or float32; none: 8, and float32 of volumes
         image_pattern: of the layout pattern: a path with {case}, {channel} and {ext}
@@ -81,7 +85,7 @@ class Import(Command):
     split: str | None = None
     seed: int = 0
     split_file: Annotated[str | None, arg(metavar="JSON")] = None
-    size: Annotated[tuple[int, int] | None, arg(metavar="H W")] = None
+    size: Annotated[tuple[int, ...] | None, arg(metavar="[D] H W")] = None
     resize: Annotated[Flag, _FIT] = False
     crop: Annotated[Flag, _FIT] = False
     rater_count: int | None = None
@@ -96,6 +100,8 @@ class Import(Command):
     empty_share: float = 0.1
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
     foreground: Literal["auto", "true", "false"] = "auto"
+    context: Annotated[int, arg(metavar="SLICES")] = 0
+    volumes: Flag = False
     colour: Flag = False
     depth: str | None = None
     image_pattern: str | None = None
@@ -162,6 +168,10 @@ class Import(Command):
             plane=self.plane,
             missing_mask=self.missing_mask,
             on_error=self.on_error,
+            colour=self.colour,
+            depth=self.depth or "float32",
+            context_slices=self.context,
+            whole_volumes=self.volumes,
             overwrite=self.overwrite,
             preview=self.preview,
             progress=not self.quiet,
@@ -175,7 +185,8 @@ class Import(Command):
     def _import_tree(self) -> Any:
         from berdiff_fast.data import importers
 
-        self._refuse(("channels", "regions", "image_pattern", "mask_pattern"), "volumes", "pictures")
+        ours = ("channels", "regions", "context", "volumes", "image_pattern", "mask_pattern")
+        self._refuse(ours, "volumes", "pictures")
         options: dict[str, Any] = {} if self.patient_pattern is None else {"patient_pattern": self.patient_pattern}
         return importers.import_tree(
             self.source,
