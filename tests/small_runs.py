@@ -6,9 +6,14 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 import berdiff_fast as bf
 from berdiff_fast import cli
+from berdiff_fast.scans import sample as scan_sampling
 from berdiff_fast.training.config import TrainConfig
 from berdiff_fast.training.loop import train
 
@@ -35,6 +40,21 @@ def trained(folder: Path, data: Path, validation: Path | str = "", **settings) -
     settings = {**usual, **settings}
     path = train(TrainConfig(output=str(folder), train_data=str(data), val_data=str(validation), **settings))
     return bf.load(path)
+
+
+def network_inputs(model: bf.BerDiff, given: Any, **options: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    """What ``sample_volume`` hands the network of a scan, one row after the other, and its plan."""
+    seen = []
+
+    class Spy(bf.Sampler):
+        def __call__(self, img, **rest):
+            seen.append(img.clone())
+            return super().__call__(img, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan_sampling, "Sampler", Spy)
+        sampled = bf.sample_volume(model, given, n=1, steps=1, **options)
+    return torch.cat(seen), sampled.plan
 
 
 def command(*words: object) -> tuple[int, str]:

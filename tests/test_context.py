@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from import_trees import pictures, slices_tree
-from small_runs import command, trained
+from small_runs import command, network_inputs, trained
 from support import data_path
 from test_importers_volumes import ALL, MODALITIES, brats
 from test_importers_volumes import save as save_volume
@@ -21,7 +21,6 @@ from berdiff_fast import channels
 from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.data.importers import import_volumes
 from berdiff_fast.imaging import volumes
-from berdiff_fast.scans import sample as scan_sampling
 
 ODD = (7, 27, 39)
 
@@ -43,17 +42,8 @@ def scan(root: Path, seed: int, shape=ODD, padding=False, **place) -> np.ndarray
 
 def shown_to_the_network(model: bf.BerDiff, given, **options) -> dict[int, torch.Tensor]:
     """What ``sample_volume`` hands the network of each slice."""
-    seen = []
-
-    class Spy(bf.Sampler):
-        def __call__(self, img, **rest):
-            seen.append(img.clone())
-            return super().__call__(img, **rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan_sampling, "Sampler", Spy)
-        sampled = bf.sample_volume(model, given, n=1, steps=1, **options)
-    return dict(zip(range(*sampled.plan["slices"]), torch.cat(seen), strict=True))
+    seen, plan = network_inputs(model, given, **options)
+    return dict(zip(range(*plan["slices"]), seen, strict=True))
 
 
 def model_of(slices: RaterDataset, mode="z-score", **options) -> bf.BerDiff:
