@@ -18,8 +18,9 @@ BRATS = ("flair", "t1", "t1ce", "t2")
 #: The channels of a colour picture.
 COLOUR = ("R", "G", "B")
 
-#: Endings of volumes.
+#: Endings of volumes, and of pictures where cases are pictures.
 ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
 
 
 def in_colour(channels: Sequence[str] | None, count: int) -> bool:
@@ -27,9 +28,29 @@ def in_colour(channels: Sequence[str] | None, count: int) -> bool:
     return count == len(COLOUR) and (channels is None or tuple(channels) == COLOUR)
 
 
+def neighbours(index: int, count: int, context_slices: int) -> list[int]:
+    """The slices that are shown as channels of slice ``index`` of ``count``: so many on either side, and itself
+    between them. At an end of the volume its last slice is repeated."""
+    return [min(max(index + off, 0), count - 1) for off in range(-context_slices, context_slices + 1)]
+
+
+def in_context(names: Sequence[str], context_slices: int) -> tuple[str, ...]:
+    """Names of these channels: ``ct[-1]``, ``ct[0]``, ``ct[+1]`` of ``ct``, one scan after the other."""
+    if not context_slices:
+        return tuple(names)
+    offsets = range(-context_slices, context_slices + 1)
+    return tuple(f"{name}[{off:+d}]" if off else f"{name}[0]" for name in names for off in offsets)
+
+
+def of_scans(names: Sequence[str], context_slices: int) -> tuple[str, ...]:
+    """The inverse of ``in_context``."""
+    every = names[:: 2 * context_slices + 1]
+    return tuple(name.rpartition("[")[0] for name in every) if context_slices else tuple(every)
+
+
 def stem_of(name: str) -> str:
     """A file's name without its ending, of which it may have two."""
-    return next((name[: -len(end)] for end in ENDINGS if name.lower().endswith(end)), name)
+    return next((name[: -len(end)] for end in (*ENDINGS, *PICTURES) if name.lower().endswith(end)), name)
 
 
 def names_of(channel: str) -> tuple[str, ...]:

@@ -133,9 +133,16 @@ class BerDiff(nn.Module):
                 f"mode_prior must see the image's {self.img_channels} channels, got one of {mode_prior.img_channels}"
             )
         self.mode_prior = mode_prior
-        self.channels = None if channels is None else check_names("channels", channels)
+        self.channels = None if channels is None else check_names("channels", channels, placed=True)
         if self.channels is not None and self.img_channels not in (None, len(self.channels)):
             raise ValueError(f"channels must name the image's {self.img_channels} channels, got {list(self.channels)}")
+        if preprocessing is not None:
+            preprocessing.check_dims(spatial_dims)
+        together = 2 * self.context_slices + 1
+        if (self.img_channels or 0) % together:
+            raise ValueError(
+                f"img_channels must be a multiple of {together}, slices in context, got {self.img_channels}"
+            )
         if isinstance(regions, Mapping):
             regions = Regions(tuple((name, tuple(labels)) for name, labels in regions.items()))
         if not isinstance(regions, (Regions, type(None))):
@@ -218,6 +225,11 @@ class BerDiff(nn.Module):
             channels=self.channels,
             regions=self.regions,
         )
+
+    @property
+    def context_slices(self) -> int:
+        """How many neighbours of a slice on either side are channels beside it."""
+        return 0 if self.preprocessing is None else self.preprocessing.context_slices
 
     @property
     def size_multiple(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from berdiff_fast import checks
@@ -20,7 +21,7 @@ Statistics = tuple[torch.Tensor, torch.Tensor]
 MODES = ("min-max", "window", "z-score")
 
 #: Arguments that there were not at first.
-_LATER = ("per_channel", "by_volume", "foreground")
+_LATER = ("per_channel", "by_volume", "foreground", "context_slices")
 
 #: Channels whose ranges differ by more than this factor should not be scaled together.
 _APART = 10.0
@@ -37,13 +38,15 @@ class Preprocessing:
             skull; values outside become (0 - mean) / deviation.
         window: (low, high) in raw units, Hounsfield units for CT, for "window" only; or one such pair for each channel.
         output_range: (low, high) of the result of "min-max" and "window".
-        size: (H, W) of the images trained on, in pixels; None: any size is accepted.
-        pixel_spacing: (row, column) of these pixels in mm; None: any spacing is accepted. Calling this neither cuts nor
-            resamples: ``sample_volume`` does, by these two.
+        size: (H, W) of the images trained on, in pixels, or (D, H, W) of volumes; None: any size is accepted.
+        pixel_spacing: (row, column) of these pixels in mm, or (slice, row, column) of voxels; None: any spacing is
+            accepted. Calling this neither cuts nor resamples: ``sample_volume`` does, by these two.
         per_channel: scale each channel by its own numbers; else all of them by the same.
         by_volume: each channel is scaled by the numbers of the volume that the image is a slice of, so that a slice
             alone gets the masks that it has in its volume. They have to be given then: ``statistics`` of the volume.
         foreground: images were cut around what is not 0, the head of an MRI; ``sample_volume`` does the same.
+        context_slices: so many neighbours above and below a slice are channels beside it, scan by scan
+            (``channels.in_context``). Calling this does not put them there: ``sample_volume`` and imports do.
 
     Raises:
         ValueError, TypeError: an unknown mode, or a window, range, size or spacing that is missing, superfluous or
@@ -53,11 +56,12 @@ class Preprocessing:
     mode: str = "min-max"
     window: tuple[float, float] | tuple[tuple[float, float], ...] | None = None
     output_range: tuple[float, float] = (-1.0, 1.0)
-    size: tuple[int, int] | None = None
-    pixel_spacing: tuple[float, float] | None = None
+    size: tuple[int, ...] | None = None
+    pixel_spacing: tuple[float, ...] | None = None
     per_channel: bool = False
     by_volume: bool = False
     foreground: bool = False
+    context_slices: int = 0
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -70,14 +74,28 @@ class Preprocessing:
         for name, kind in (("size", int), ("pixel_spacing", float)):
             pair = getattr(self, name)
             if pair is not None:
-                if len(pair) != 2 or not all(0 < x < float("inf") and kind(x) == x for x in pair):
-                    raise ValueError(f"{name} must be two positive numbers, along rows and columns, got {pair!r}")
-                object.__setattr__(self, name, (kind(pair[0]), kind(pair[1])))
+                if len(pair) not in (2, 3) or not all(0 < x < float("inf") and kind(x) == x for x in pair):
+                    raise ValueError(
+                        f"{name} must be two positive numbers, along rows and columns (three of a volume), got {pair!r}"
+                    )
+                object.__setattr__(self, name, tuple(kind(x) for x in pair))
         for name in ("per_channel", "by_volume", "foreground"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r:.80}")
+        checks.integer("context_slices", self.context_slices, 0)
         if self.by_volume and self.mode == "window":
             raise ValueError("by_volume has no meaning for mode 'window', which asks for no statistics")
+
+    def check_dims(self, spatial_dims: int) -> None:
+        """Raise ValueError where this says of images, or of volumes, what is of the other."""
+        for name in ("size", "pixel_spacing"):
+            sides = getattr(self, name)
+            if sides is not None and len(sides) != spatial_dims:
+                raise ValueError(
+                    f"{name} must be {spatial_dims} numbers for spatial_dims = {spatial_dims}, got {sides}"
+                )
+        if self.context_slices and spatial_dims == 3:
+            raise ValueError(f"context_slices must be 0 for spatial_dims = 3, got {self.context_slices}")
 
     def to_config(self) -> dict[str, Any]:
         """The arguments. Later ones are named only where they are used: files of other models are what they were."""
@@ -150,6 +168,16 @@ class Preprocessing:
         ends = torch.tensor(self.window, dtype=x.dtype, device=x.device)
         low, high = ends.T.reshape(2, 1, -1, *[1] * (x.ndim - 2)).unbind()
         return low, high
+
+
+def statistics_of(volume: np.ndarray) -> np.ndarray:
+    """(4,) float64 of a channel of a volume: minimum, maximum, mean and standard deviation of what is not 0.
+
+    As files have them: of ``Preprocessing.statistics``, so that a slice of a file is scaled as one of its volume.
+    """
+    x = torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None, None]
+    found = [Preprocessing(mode).statistics(x) for mode in ("min-max", "z-score")]
+    return np.array([float(value) for pair in found if pair is not None for value in pair], np.float64)
 
 
 def _windows(window: Any) -> tuple[float, float] | tuple[tuple[float, float], ...]:

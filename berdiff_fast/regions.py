@@ -20,12 +20,20 @@ from berdiff_fast import checks
 #: Names go into names of files.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]{0,31}")
 
+#: Behind the name of a channel that is a neighbour of a slice, or the slice itself (``channels.in_context``).
+_PLACE = re.compile(r"\[(0|[+-][1-9]\d{0,3})\]$")
+
 #: The largest label, which fits two bytes.
 LARGEST_LABEL = 2**16 - 1
 
 
-def check_names(name: str, names: Any) -> tuple[str, ...]:
+def check_names(name: str, names: Any, *, placed: bool = False) -> tuple[str, ...]:
     """``names`` as a tuple of different names, each of letters, digits, "_", "+" and "-".
+
+    Args:
+        name: what the argument is called in errors.
+        names: what came.
+        placed: whether a name may end in the place of a slice among its neighbours, such as ``[-1]``.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -33,7 +41,7 @@ def check_names(name: str, names: Any) -> tuple[str, ...]:
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"{name} must be a list of names, got {names!r:.80}")
     for one in names:
-        if not isinstance(one, str) or not _NAME.fullmatch(one):
+        if not isinstance(one, str) or not _NAME.fullmatch(_PLACE.sub("", one) if placed else one):
             raise ValueError(f"{name} must be names of letters, digits, '_', '+' and '-', got {one!r:.80}")
     if len({one.lower() for one in names}) < len(names) or not names:
         raise ValueError(f"{name} must be different names, one at least, got {list(names)!r:.200}")

@@ -63,7 +63,7 @@ CHANGED = {
 
 
 #: Settings that there were not when settings got their sections.
-LATER = {"scaling": "auto", "per_channel": "auto"}
+LATER = {"scaling": "auto", "per_channel": "auto", "dims": "auto"}
 
 
 def test_flat_names_and_defaults_are_what_they_were():

@@ -73,7 +73,7 @@ class Evaluate(Command):
         model = load(self.model).to(state.device)
         summary = evaluate.evaluate(
             model,
-            RaterDataset(self.data),
+            RaterDataset(self.data, spatial_dims=model.spatial_dims),
             self.output,
             count=self.slice_count,
             n=self.n,

@@ -15,7 +15,7 @@ _FIT = create_mutex_group(required=False, title="slices of another size")
 
 #: Options that are for pictures alone, and for volumes alone.
 _PICTURES = ("resize", "crop", "rater_count", "threshold", "window", "patient_pattern")
-_VOLUMES = ("channels", "regions", "image_pattern", "mask_pattern")
+_VOLUMES = ("channels", "regions", "context", "volumes", "image_pattern", "mask_pattern")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Import(Command):
       berdiff-fast import skin data/skin --colour --size 256 256 --resize
       berdiff-fast import BraTS2021 data/brats --regions WT=1,2,4 TC=1,4 ET=4
       berdiff-fast import LIDC-IDRI data/lidc --layout tcia --pixel-spacing 0.7
+      berdiff-fast import BraTS2021 data/brats25 --context 1
+      berdiff-fast import BraTS2021 data/brats3d --volumes --size 64 128 128
 
     Nothing is written unless everything is. Pictures become 8 bits, and Hounsfield units are lost, unless a --depth
     keeps them. Volumes and tcia keep their units. More: docs/data.md
@@ -55,7 +57,7 @@ class Import(Command):
         split: train/val/test in per cent; none: the tree's own splits, else 70/10/20
         seed: fixes the split
         split_file: the splits.json of another import, instead
-        size: in pixels; none: that of the first slice; of tcia, 128 128
+        size: in pixels; none: that of the first slice, or what holds every volume (tcia: 128 128); D H W with --volumes
         pixel_spacing: of tcia: in mm, what slices are resampled to; none: the scan's own
         resize: resize slices to --size
         crop: cut --size out of their middle
@@ -71,6 +73,8 @@ class Import(Command):
         empty_share: of volumes: share of the slices without a mark that is taken
         plane: of volumes: axial, coronal or sagittal slices
         foreground: of volumes: cut around what is not 0: auto (brats), true or false
+        context: of volumes: so many neighbours above and below a slice are channels beside it
+        volumes: of volumes: write whole volumes, for a network of three dimensions, not slices
         colour: pictures are in colour: three channels R, G and B
         depth: of the images in the file: 8, 16, float16 or float32; none: 8, and float32 of volumes
         image_pattern: of the layout pattern: a path with {case}, {channel} and {ext}
@@ -89,7 +93,7 @@ class Import(Command):
     split: str | None = None
     seed: int = 0
     split_file: Annotated[str | None, arg(metavar="JSON")] = None
-    size: Annotated[tuple[int, int] | None, arg(metavar="H W")] = None
+    size: Annotated[tuple[int, ...] | None, arg(metavar="[D] H W")] = None
     pixel_spacing: Annotated[tuple[float, ...], arg(metavar="ROW [COLUMN]")] = ()
     resize: Annotated[Flag, _FIT] = False
     crop: Annotated[Flag, _FIT] = False
@@ -105,6 +109,8 @@ class Import(Command):
     empty_share: float = 0.1
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
     foreground: Literal["auto", "true", "false"] = "auto"
+    context: Annotated[int, arg(metavar="SLICES")] = 0
+    volumes: Flag = False
     colour: Flag = False
     depth: str | None = None
     image_pattern: str | None = None
@@ -180,6 +186,10 @@ class Import(Command):
             plane=self.plane,
             missing_mask=self.missing_mask,
             on_error=self.on_error,
+            colour=self.colour,
+            depth=self.depth or "float32",
+            context_slices=self.context,
+            whole_volumes=self.volumes,
             overwrite=self.overwrite,
             preview=self.preview,
             progress=not self.quiet,

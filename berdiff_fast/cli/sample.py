@@ -107,6 +107,8 @@ class Sample(Command):
         from berdiff_fast.scans import results
         from berdiff_fast.scans.case import Request, sample_case
         from berdiff_fast.scans.cases import cases_of
+        from berdiff_fast.scans.inputs import scan_names
+        from berdiff_fast.scans.study import scans_of
 
         device = _device(self.device)
         options: dict[str, Any] = dict(
@@ -133,7 +135,7 @@ class Sample(Command):
         )
         inputs = (self.input, *self.more)
         where: dict[str, Any] = dict(slices=self.slices, center=self.center, center_mm=self.center_mm, roi=self.roi)
-        cases = cases_of(inputs, request.model.img_channels or 1, request.model.channels)
+        cases = cases_of(inputs, scans_of(request.model), scan_names(request.model))
         if cases is not None:
             return self._cohort(request, cases, where)
         with words.muted("berdiff_fast.hints", self.quiet):

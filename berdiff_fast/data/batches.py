@@ -3,7 +3,7 @@
 
 Mirroring, quarter turns and cutting are one table of pixel numbers, so that an image's pixels are fetched once, where
 they end up. On a CPU every batch has the bits of its items; on a GPU rotation and zoom (``grid_sample``) may round in
-another way, and all else is equal too.
+another way, and all else is equal too. Of volumes, for which such tables are too large, a batch is its items stacked.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class Batches(Dataset):
         self._maps: dict[int, torch.Tensor] = {}
         self._resident: Slices | None = None
         self._marked: np.ndarray | None = None
-        if resident:
+        self._volumes = examples.slices.spatial_dims == 3
+        if resident and not self._volumes:
             slices = examples.slices
             images, masks = slices.whole()
             self._resident = self._slices(images, masks, np.arange(len(slices)))
@@ -130,6 +131,9 @@ class Batches(Dataset):
             ValueError: some of the positions are cropped and others are not.
         """
         positions = np.asarray(positions, np.int64)
+        if self._volumes:
+            items = [self.examples[int(position)] for position in positions]
+            return {name: torch.stack([item[name] for item in items]).to(self.device) for name in items[0]}
         if self._resident is not None:
             return self._make(positions, self._numbers(positions, self._marked), self._resident)
         slices, marked = self.examples.slices, None
@@ -150,6 +154,9 @@ class Batches(Dataset):
 
     def stream(self, batches: Iterable[range]) -> Iterator[dict[str, torch.Tensor]]:
         """One batch after another, of resident slices, whose random numbers are drawn for many batches at once."""
+        if self._volumes:
+            yield from map(self, batches)
+            return
         waiting: list[np.ndarray] = []
         for positions in batches:
             waiting.append(np.asarray(positions, np.int64))
@@ -191,7 +198,7 @@ class Batches(Dataset):
         numbers = np.stack([index, rater, examples.timestep(positions), noise_seed, symmetry.astype(np.int64)])
         theta = None
         if options.rotate or options.scale:
-            height, width = examples.slices.image_size
+            height, width = examples.slices.image_size[-2:]
             # By Python's own functions: NumPy's, many at once, may differ in the last bit.
             pairs = zip((angle * options.rotate).tolist(), zoom.tolist(), strict=True)
             each = [options.theta(a, (1 + options.scale) ** z, height, width) for a, z in pairs]
@@ -217,8 +224,9 @@ class Batches(Dataset):
         crops = {examples.crop_at(int(p)) for p in (positions.min(), positions.max())}
         if len(crops) > 1:
             raise ValueError(f"positions must be before crop_before, {examples.crop_before}, or from it on, got both")
-        crop, index, size = crops.pop(), numbers.index, examples.slices.image_size
-        shape = (crop, crop) if crop else size
+        crop, index = crops.pop(), numbers.index
+        height, width = size = examples.slices.image_size[-2:]
+        shape = (crop, crop) if crop else (height, width)
         pixels = self._map(crop).index_select(0, numbers.symmetry)
         of = slices.statistics
         statistics = None if of is None else (of[0].index_select(0, index), of[1].index_select(0, index))
@@ -260,7 +268,7 @@ class Batches(Dataset):
     def _map(self, crop: int) -> torch.Tensor:
         """Of which pixel each pixel of the result is a copy: (symmetries, pixels) int64."""
         if crop not in self._maps:
-            height, width = self.examples.slices.image_size
+            height, width = self.examples.slices.image_size[-2:]
             grid = np.arange(height * width).reshape(height, width)
             maps = []
             for symmetry in range(16 if self.examples.augmentation.rotate90 else 4):
@@ -284,10 +292,10 @@ def _gather(source: torch.Tensor, rows: torch.Tensor, pixels: torch.Tensor, shap
 
 def fits(slices: RaterDataset, device: torch.device) -> bool:
     """Whether all slices may stay on a device: a quarter of a GPU's free memory at the most; on the CPU, those that
-    are in memory anyway."""
+    are in memory anyway. Volumes are made ready on the CPU."""
     if not slices.in_memory:
         return False
-    if device.type != "cuda":
+    if device.type != "cuda" or slices.spatial_dims == 3:
         return device.type == "cpu"
     needed = sum(array.nbytes for array in slices.whole())
     return 4 * needed <= torch.cuda.mem_get_info(device)[0]

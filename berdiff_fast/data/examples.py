@@ -28,6 +28,8 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 class Augmentation:
     """Random changes, the same for an image and its mask.
 
+    Volumes are turned in the plane of their slices, and mirrored and scaled along all three axes.
+
     Args:
         flip: mirror each axis with probability 1/2.
         rotate90: turn by a random multiple of 90 degrees (square images).
@@ -43,13 +45,15 @@ class Augmentation:
     def __call__(
         self, img: torch.Tensor, mask: torch.Tensor, random: np.random.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image (C, H, W) float and mask (K, H, W) of 0 and 1, float."""
+        """Image (C, *spatial) float and mask (K, *spatial) of 0 and 1, float."""
         # All numbers are drawn whatever is switched on, so that options do not change each other's.
-        mirror, turns = random.random(2) < 0.5, int(random.integers(4))
+        mirror, turns = (random.random(2) < 0.5).tolist(), int(random.integers(4))
         angle, zoom = random.uniform(-1, 1, 2)
+        if img.ndim == 4:
+            mirror.append(random.random() < 0.5)
         if self.rotate or self.scale:
             img, mask = self._affine(img, mask, angle * self.rotate, (1 + self.scale) ** zoom)
-        axes = [axis for axis, m in zip((-2, -1), mirror, strict=True) if m and self.flip]
+        axes = [axis for axis, m in zip((-2, -1, -3), mirror, strict=False) if m and self.flip]
         if axes:
             img, mask = img.flip(axes), mask.flip(axes)
         if self.rotate90 and turns:
@@ -60,9 +64,11 @@ class Augmentation:
     def _affine(
         cls, img: torch.Tensor, mask: torch.Tensor, degrees: float, zoom: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        height, width = img.shape[-2:]
-        theta = torch.tensor([cls.theta(degrees, zoom, height, width)], dtype=torch.float32)
-        grid = F.affine_grid(theta, [1, 1, height, width], align_corners=False)
+        rows = cls.theta(degrees, zoom, *img.shape[-2:])
+        if img.ndim == 4:  # normalised coordinates are x, y, z
+            rows = [[*row[:2], 0, row[2]] for row in rows] + [[0, 0, 1 / zoom, 0]]
+        theta = torch.tensor([rows], dtype=torch.float32)
+        grid = F.affine_grid(theta, [1, 1, *img.shape[1:]], align_corners=False)
         return cls.sample_image(img[None], grid)[0], cls.sample_mask(mask[None], grid)[0]
 
     @staticmethod
@@ -74,7 +80,7 @@ class Augmentation:
 
     @staticmethod
     def sample_image(img: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) at a grid (B, H', W', 2) of normalised coordinates."""
+        """Images (B, C, H, W) at a grid (B, H', W', 2) of normalised coordinates; or volumes."""
         return F.grid_sample(img, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
     @staticmethod
@@ -96,7 +102,7 @@ class TrainingExamples(Dataset):
         timesteps: T.
         seed: fixes everything random.
         augmentation: random changes.
-        crop: show only the middle square of this many pixels; 0: all of the image.
+        crop: show only the middle square of this many pixels (of every slice of a volume); 0: all of the image.
         crop_before: the first position that shows all of the image again; none: there is no such position.
         mode_edges: areas at which the size classes of a mode prior begin. An example then has ``mode``, the class of
             y_0, which is that of a rater who marked something (if any did), and ``mode_target``, the share of all
@@ -152,7 +158,8 @@ class TrainingExamples(Dataset):
         return self.crop if self.crop_before is None or position < self.crop_before else 0
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
-        """img (C, H, W) float32, y_0 (K, H, W) float32 of 0 and 1, t and noise_seed, int64 scalars.
+        """img (C, H, W) float32, y_0 (K, H, W) float32 of 0 and 1, t and noise_seed, int64 scalars; of volumes (C, D,
+        H, W) and (K, D, H, W).
 
         With ``mode_edges`` also mode, an int64 scalar, and mode_target (classes,) float32; of a file that says what
         does not count also ignore (K, H, W) float32 of 0 and 1.
@@ -208,7 +215,7 @@ class TrainingExamples(Dataset):
         ignored = {}
         if self.slices.ignores:
             y_0, last = y_0[:-1], y_0[-1:]
-            ignored["ignore"] = last.expand(self.slices.mask_channels, -1, -1).contiguous()
+            ignored["ignore"] = last.expand(self.slices.mask_channels, *last.shape[1:]).contiguous()
         return {
             "img": img.contiguous(),
             "y_0": y_0.contiguous(),

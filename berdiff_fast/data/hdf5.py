@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slices with several raters' masks in one HDF5 file, read lazily or at once."""
+"""Slices or volumes with several raters' masks in one HDF5 file, read lazily or at once."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +14,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from berdiff_fast import limits
+from berdiff_fast.data import facts
+from berdiff_fast.data.facts import PROVENANCE as PROVENANCE
 from berdiff_fast.io import contained
 from berdiff_fast.preprocessing import Preprocessing, Statistics
-from berdiff_fast.regions import Regions, check_names
 
-#: Datasets beside ``image`` and ``mask`` that say where a slice comes from; each (N,) and optional.
-PROVENANCE = ("patient_id", "nodule", "slice")
 #: Layouts whose ``patient_id`` tells cases apart, not patients (``data.importers.layouts``).
 _CASES = ("cimd",)
 
@@ -36,15 +32,19 @@ class RaterDataset(Dataset):
     The file holds ``image``, (N, H, W) or (N, C, H, W) of any real dtype, ``mask``, (N, R, H, W) or (N, R, K, H, W) of
     0 and 1, and may hold ``patient_id``, ``nodule`` and ``slice``, (N,) each; ``rater_valid`` (N, R), which says who
     read a slice; ``ignore`` (N, H, W), pixels that do not count; ``statistics`` (N, C, 4), of the volume of each slice
-    its minimum, maximum, and the mean and standard deviation of what is not 0 (docs/data.md).
+    its minimum, maximum, and the mean and standard deviation of what is not 0 (docs/data.md). Of volumes H, W is D, H,
+    W everywhere.
 
     Args:
         path: the HDF5 file.
         in_memory: read all of it now. Else slices are read when asked for; every worker process opens the file anew.
+        spatial_dims: 2 for slices, 3 for volumes; by default as the file says (its attribute ``spatial_dims``), or its
+            shapes: (N, x, H, W) with (N, R, x, H, W) are slices of x channels and x regions.
 
     Attributes:
         raters, mask_channels, img_channels: R, K and C.
-        image_size: (H, W).
+        spatial_dims: 2 or 3.
+        image_size: (H, W), or (D, H, W).
         provenance: what the file has of ``PROVENANCE``.
         names_patients: whether the file says which slices are of one patient.
         rater_valid: (N, R) bool: who read which slice. At least one rater reads each.
@@ -52,7 +52,8 @@ class RaterDataset(Dataset):
         channels, regions: names of the image's channels, and what the mask's channels stand for; None where the file
             does not say.
         foreground: whether slices were cut around what is not 0.
-        pixel_spacing: (row, column) in mm of all slices, or None.
+        pixel_spacing: (row, column) in mm of all slices, or (slice, row, column) of all volumes, or None.
+        context_slices: how many neighbours of a slice, on either side, are channels beside it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -60,7 +61,11 @@ class RaterDataset(Dataset):
             0 and 1 or images that are not finite: of the whole file if ``in_memory``, else when such a slice is read.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, in_memory: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, in_memory: bool = False, spatial_dims: int | None = None
+    ) -> None:
+        if spatial_dims not in (None, 2, 3):
+            raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}")
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"path: there is no file {str(self.path)!r}")
@@ -69,29 +74,23 @@ class RaterDataset(Dataset):
         self._sets: Any = None  # image and mask of that file
         self._ignore: np.ndarray | None = None
         with self._open() as file, contained.reading(self.path):
-            image, mask = self._datasets(file)
-            self._length = len(image)
-            self.image_size: tuple[int, int] = (image.shape[-2], image.shape[-1])
-            self.img_channels: int = 1 if image.ndim == 3 else image.shape[1]
-            self.raters: int = mask.shape[1]
-            self.mask_channels: int = 1 if mask.ndim == 4 else mask.shape[2]
-            self.provenance: dict[str, np.ndarray] = {}
-            for name in PROVENANCE:
-                with contained.reading(self.path, name):
-                    found = contained.dataset(file, name)
-                    if found is None:
-                        continue
-                    if found.shape != (self._length,):
-                        raise ValueError(f"{self.path}: {name} must have shape ({self._length},), got {found.shape}")
-                    if found.dtype.kind not in "iu":
-                        raise ValueError(f"{self.path}: {name} must hold integers, got {found.dtype}")
-                    self.provenance[name] = contained.whole(found)
-            self.rater_valid = self._flags(file)
+            image, mask, shapes = facts.datasets(self.path, file, spatial_dims)
+            self._length = shapes.length
+            self.image_size = shapes.size
+            self.spatial_dims: int = len(shapes.size)
+            self.raters, self.mask_channels, self.img_channels = (
+                shapes.raters,
+                shapes.mask_channels,
+                shapes.img_channels,
+            )
+            self.provenance = facts.provenance(self.path, file, self._length)
+            self.rater_valid = facts.rater_valid(self.path, file, (self._length, self.raters))
             self.ignores = contained.dataset(file, "ignore") is not None
-            self.statistics = self._statistics(file)
-            self.channels, self.regions = self._names(file)
+            self.statistics = facts.statistics(self.path, file, self._length, self.img_channels)
+            self.channels, self.regions = facts.names(self.path, file, shapes)
             self.foreground = bool(file.attrs.get("foreground", False))
-            self.pixel_spacing = self._pixel_spacing(file)
+            self.pixel_spacing = facts.pixel_spacing(self.path, file, self.spatial_dims)
+            self.context_slices = facts.context_slices(self.path, file, shapes)
             self.names_patients = "patient_id" in self.provenance and file.attrs.get("source") not in _CASES
             self._memory: tuple[np.ndarray, np.ndarray] | None = None
             if in_memory:
@@ -104,86 +103,7 @@ class RaterDataset(Dataset):
             raise ValueError(f"{self.path} cannot be read as HDF5 (truncated or damaged?): {error}") from error
 
     def _datasets(self, file: h5py.File) -> tuple[h5py.Dataset, h5py.Dataset]:
-        found: dict[str, Any] = {}
-        for name in ("image", "mask"):
-            with contained.reading(self.path, name):
-                found[name] = contained.dataset(file, name)
-            if found[name] is None:
-                raise ValueError(f"{self.path} has no dataset {name!r}; it has {sorted(file)}")
-        image, mask = found["image"], found["mask"]
-        if image.ndim not in (3, 4) or image.dtype.kind not in "uif":
-            raise ValueError(
-                f"{self.path}: image must be (N, H, W) or (N, C, H, W) real numbers, got {image.dtype} {image.shape}"
-            )
-        if mask.ndim not in (4, 5) or mask.dtype.kind not in "buif":
-            raise ValueError(
-                f"{self.path}: mask must be (N, R, H, W) or (N, R, K, H, W) of 0 and 1, got {mask.dtype} {mask.shape}"
-            )
-        if mask.shape[0] != image.shape[0] or mask.shape[-2:] != image.shape[-2:]:
-            raise ValueError(f"{self.path}: mask {mask.shape} does not fit image {image.shape}")
-        if 0 in image.shape or 0 in mask.shape:
-            raise ValueError(f"{self.path} is empty: image {image.shape}, mask {mask.shape}")
-        for name, data in (("image", image), ("mask", mask)):
-            one = math.prod(data.shape[1:]) * data.dtype.itemsize
-            limits.plausible(f"{self.path}: a slice of {name!r}", one, data.id.get_storage_size())
-            limits.room(f"{self.path}: a slice of {name!r}", one)
-        return image, mask
-
-    def _flags(self, file: h5py.File) -> np.ndarray:
-        """Who read which slice (N, R): everybody, where the file does not say."""
-        shape = (self._length, self.raters)
-        with contained.reading(self.path, "rater_valid"):
-            found = contained.dataset(file, "rater_valid")
-            if found is None:
-                return np.ones(shape, bool)
-            if found.shape != shape or found.dtype.kind not in "bui":
-                raise ValueError(
-                    f"{self.path}: rater_valid must be (N, R) = {shape} of 0 and 1, got {found.dtype} {found.shape}"
-                )
-            valid = contained.whole(found)
-        if ((valid != 0) & (valid != 1)).any():
-            raise ValueError(f"{self.path}: rater_valid must be 0 and 1, got {np.unique(valid)[:5].tolist()}")
-        alone = np.flatnonzero(~valid.astype(bool).any(1))
-        if len(alone):
-            raise ValueError(f"{self.path}: rater_valid says that nobody read slice {alone[0]}")
-        return valid.astype(bool)
-
-    def _statistics(self, file: h5py.File) -> np.ndarray | None:
-        shape = (self._length, self.img_channels, 4)
-        with contained.reading(self.path, "statistics"):
-            found = contained.dataset(file, "statistics")
-            if found is None:
-                return None
-            if found.shape != shape or found.dtype.kind != "f":
-                raise ValueError(
-                    f"{self.path}: statistics must be (N, C, 4) = {shape} floats, got {found.dtype} {found.shape}"
-                )
-            values = contained.whole(found).astype(np.float64)
-        if not np.isfinite(values).all() or (values[..., 3] <= 0).any():
-            raise ValueError(f"{self.path}: statistics must be finite, with deviations above 0")
-        return values
-
-    def _names(self, file: h5py.File) -> tuple[tuple[str, ...] | None, Regions | None]:
-        channels, regions = (file.attrs.get(name) for name in ("channels", "regions"))
-        try:
-            named = None if channels is None else check_names("channels", json.loads(channels))
-            several = None if regions is None else Regions(tuple((n, tuple(x)) for n, x in json.loads(regions)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.path}: {error}") from None
-        if named is not None and len(named) != self.img_channels:
-            raise ValueError(f"{self.path}: channels must name {self.img_channels} channels, got {list(named)}")
-        if several is not None and len(several.table) != self.mask_channels:
-            raise ValueError(f"{self.path}: regions must be those of {self.mask_channels} mask channels, got {several}")
-        return named, several
-
-    def _pixel_spacing(self, file: h5py.File) -> tuple[float, float] | None:
-        found = file.attrs.get("pixel_spacing")
-        if found is None:
-            return None
-        pair = np.asarray(found)
-        if pair.shape != (2,) or pair.dtype.kind != "f" or not (np.isfinite(pair) & (pair > 0)).all():
-            raise ValueError(f"{self.path}: pixel_spacing must be two positive numbers of mm, got {found!r:.80}")
-        return float(pair[0]), float(pair[1])
+        return facts.datasets(self.path, file, self.spatial_dims)[:2]
 
     def statistics_for(self, preprocessing: Preprocessing, indices: Sequence[int] | np.ndarray) -> Statistics | None:
         """What the images of some slices are scaled by: two (B, C, 1, 1); None where the images tell that themselves.
@@ -265,11 +185,10 @@ class RaterDataset(Dataset):
             with contained.reading(self.path, f"slice {index}"):
                 image, mask = of_images[index], of_masks[index, raters]
             self._check(image[None], mask[None], index)
-        height, width = self.image_size
         native = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("="))
         return (
-            torch.from_numpy(native.copy()).reshape(self.img_channels, height, width),
-            torch.from_numpy(mask.astype(bool)).reshape(-1, self.mask_channels, height, width),
+            torch.from_numpy(native.copy()).reshape(self.img_channels, *self.image_size),
+            torch.from_numpy(mask.astype(bool)).reshape(-1, self.mask_channels, *self.image_size),
         )
 
     def rows(

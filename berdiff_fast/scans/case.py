@@ -11,7 +11,7 @@ from typing import Any
 from berdiff_fast.io import raters as raters_io
 from berdiff_fast.model import BerDiff, fingerprint
 from berdiff_fast.scans import results
-from berdiff_fast.scans.inputs import read_scan
+from berdiff_fast.scans.inputs import read_scan, scan_names
 from berdiff_fast.scans.sample import sample_volume
 
 
@@ -101,7 +101,7 @@ def sample_case(
             next(model.parameters()).device.type,
             series,
             files,
-            channels=model.channels or (),
+            channels=scan_names(model) or (),
             anonymize=request.anonymize,
         )
         return results.write(

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from berdiff_fast.channels import ENDINGS, channel_of, in_colour
+from berdiff_fast.channels import COLOUR, ENDINGS, channel_of, in_colour, of_scans
 from berdiff_fast.imaging import volumes
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io import raters as raters_io
 from berdiff_fast.io.formats import FORMATS
 from berdiff_fast.model import BerDiff
+from berdiff_fast.scans.study import scans_of
 
 #: Ends of names of what may be in colour.
 _PICTURES = (*FORMATS["picture"], *FORMATS["numpy"])
@@ -31,7 +32,7 @@ def read_scan(paths: Sequence[str], model: BerDiff, series: str | None = None) -
         ValueError, FileNotFoundError: naming ``input``: a channel is missing, named twice, or lies on another grid; a
             file that cannot be read.
     """
-    count = model.img_channels or 1
+    count, names = scans_of(model), scan_names(model)
     colour = is_picture(paths, model)
     if count == 1 or colour:
         if len(paths) != 1:
@@ -42,7 +43,9 @@ def read_scan(paths: Sequence[str], model: BerDiff, series: str | None = None) -
         return (volume,)
     if series is not None:
         raise ValueError(f"series is for a scan of one channel, and the model has {count}")
-    files = _of_channels(paths, model, count)
+    if names == COLOUR:
+        raise ValueError(f"{paths[0]}: is no picture, and the model is for colour pictures ({', '.join(COLOUR)})")
+    files = _of_channels(paths, names, count)
     first = volumes.read(files[0])
     found = [first]
     for path in files[1:]:
@@ -58,12 +61,16 @@ def is_picture(paths: Sequence[str | Path], model: BerDiff) -> bool:
     """Whether all of them are pictures or arrays, and the model is one of red, green and blue (or of three channels
     without names)."""
     pictures = all(str(path).lower().endswith(_PICTURES) for path in paths)
-    return pictures and in_colour(model.channels, model.img_channels or 1)
+    return pictures and not model.context_slices and in_colour(model.channels, model.img_channels or 1)
 
 
-def _of_channels(paths: Sequence[str], model: BerDiff, count: int) -> list[Path]:
+def scan_names(model: BerDiff) -> tuple[str, ...] | None:
+    """What the scans that a model wants are called: its channels, without neighbours of slices."""
+    return None if model.channels is None else of_scans(model.channels, model.context_slices)
+
+
+def _of_channels(paths: Sequence[str], names: tuple[str, ...] | None, count: int) -> list[Path]:
     """The file of each channel."""
-    names = model.channels
     wanted = f"the model's {count} channels" + (f" ({', '.join(names)})" if names else "")
     if names is None:
         if len(paths) != count:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import math
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from berdiff_fast import checks, limits, locks, rng
 from berdiff_fast.imaging.volumes import Volume
@@ -24,6 +22,7 @@ from berdiff_fast.scans.sampled import SampledRegions, SampledVolume
 from berdiff_fast.scans.store import Store
 from berdiff_fast.scans.study import Study
 from berdiff_fast.scans.tiling import Tiling, check_range
+from berdiff_fast.scans.ways import SliceBySlice, Way, WholeVolume
 
 #: What is said before the work, and can be done without.
 hints = logging.getLogger("berdiff_fast.hints")
@@ -56,11 +55,14 @@ def sample_volume(
     tiles overlap, a voxel belongs to the tile whose middle is nearest. Of a model that denoises a window only
     (``output_crop``), it is the windows that cover the slice. Everything is undone on the way back.
 
+    A model of three dimensions draws the volume at once, cut or padded as the volumes were that it was trained on.
+
     Args:
-        model: a ``BerDiff`` of images, with its preprocessing.
+        model: a ``BerDiff`` of slices or of volumes, with its preprocessing.
         volume: from ``imaging.volumes.read``, or an array (S, H, W) or (H, W). For a model of C channels a volume of
             each, in their order, all on one grid; or an array (C, S, H, W); or for red, green and blue one picture that
-            was read with ``colour=True``.
+            was read with ``colour=True``. Of a model that was trained on slices with their neighbours (``import
+            --context``) these are taken from the volume, whatever ``slices`` are drawn.
         n, steps: as in ``sample``.
         seed: of the whole volume. With one tile a slice, they are the masks of ``sample(model, slice, seed=seed)``.
         plane: which slices are sampled: "axial", "coronal" or "sagittal", or the axis of the array that they are
@@ -86,47 +88,32 @@ def sample_volume(
     """
     if not isinstance(model, BerDiff) or model.preprocessing is None:
         raise TypeError("model must be a BerDiff that knows its preprocessing, as bf.load returns it")
-    if model.spatial_dims != 2:
-        raise ValueError("model must be for slices, got one of three dimensions")
     study = Study.of(volume, model)
     volume = study.shown
     seed = checks.integer("seed", seed)
     sampler = Sampler(model, n, steps, **options)
     axis = volume.axis(plane)
-    shape = tuple(np.delete(volume.array.shape, axis).tolist())
-    count = volume.array.shape[axis]
-    first, last = check_range("slices", slices, count)
-    if center_mm is not None:
-        center = _center(volume, axis, center_mm, (first, last), center is not None or roi is not None)
-    if center is None and roi is None and model.preprocessing.foreground:
-        center, roi = study.middle(axis, model)
-    tiling = Tiling.of(model, volume, axis, shape, center, roi, overlap)
-    tiling.check_room(sampler.n * model.mask_channels)
-    if center is None:
-        _hint(model, tiling)
-    seeds = rng.image_seeds(seed, len(tiling.tiles))
+    way: Way
+    if model.spatial_dims == 3:
+        for name, value in (("slices", slices), ("center", center), ("center_mm", center_mm), ("roi", roi)):
+            if value is not None:
+                raise ValueError(f"{name} is for models of slices, and this one draws whole volumes; got {value}")
+        way = WholeVolume.of(model, study, axis)
+    else:
+        way = _by_slices(model, study, axis, slices, center, center_mm, roi, overlap)
+    way.check_room(sampler.n * model.mask_channels)
     plan = {
         "n": sampler.n,
         "timesteps": sampler.timesteps,
         "seed": seed,
-        "axis": axis,
-        "slices": [first, last],
-        "tiles": [list(tile) for tile in tiling.tiles],
-        "tile_pixels": list(tiling.size),
-        "inside": list(tiling.inside),
-        "resampled_to": list(tiling.shape),
-        **({"tile_window": list(tiling.marked)} if tiling.marked != tiling.size else {}),
+        **way.plan(),
         "options": {k: str(v) for k, v in options.items() if k not in ("max_batch", "backend")},
     }
     if model.mask_channels > 1:
         plan["mask_channels"] = model.mask_channels
     layers = math.ceil(sampler.n / 8)  # of bits, for each region
     shape_of_bits = (model.mask_channels * layers, *volume.array.shape)
-    statistics = study.statistics(axis, model.preprocessing)
-    device = next(model.parameters()).device
-    # Whole slices at a time, as many as fill a call of the network.
-    pixels = math.prod(tiling.size) * len(tiling.tiles) * sampler.n
-    together = max(1, (2**18 if device.type == "cpu" else 2**23) // pixels)
+    first, last = way.slices
     with contextlib.ExitStack() as stack:
         if work is None:
             store = Store.in_memory(shape_of_bits, axis)
@@ -138,16 +125,9 @@ def sample_volume(
             store = Store(Path(work), identity, shape_of_bits, axis)
         todo = [i for i in range(first, last) if i not in store.done]
         advance = stack.enter_context(_bar(progress, last - first, last - first - len(todo)))
-        for start in range(0, len(todo), together):
-            chosen = todo[start : start + together]
-            tiles = torch.cat([study.cut(tiling, axis, i, model.preprocessing) for i in chosen])
-            img = model.preprocess(tiles, statistics).to(device)
-            moved = functools.partial(_move, advance, chosen)
-            masks = sampler(img, seed=seeds.repeat(len(chosen)), progress=moved)
-            assert isinstance(masks, torch.Tensor)
-            for i, of_slice in zip(chosen, masks.cpu().split(len(tiling.tiles)), strict=True):
-                joined = (tiling.join(of_slice[:, :, k]).numpy() for k in range(model.mask_channels))
-                store.put(i, np.concatenate([np.packbits(one, axis=0, bitorder="little") for one in joined]))
+        for i, masks in way.draw(sampler, seed, todo, advance):
+            regions = (masks[:, k] for k in range(model.mask_channels))
+            store.put(i, np.concatenate([np.packbits(one, axis=0, bitorder="little") for one in regions]))
     limits.give_back()
     channels = study.volumes if volume.colour is None else ()
     if model.mask_channels == 1:
@@ -158,6 +138,31 @@ def sample_volume(
         for k, name in enumerate(names)
     }
     return SampledRegions(volume, sampler.n, of_region, model.regions, plan, channels)
+
+
+def _by_slices(
+    model: BerDiff,
+    study: Study,
+    axis: int,
+    slices: tuple[int, int] | None,
+    center: tuple[float, float] | None,
+    center_mm: tuple[float, float, float] | None,
+    roi: tuple[int, int, int, int] | None,
+    overlap: float,
+) -> SliceBySlice:
+    """Which slices, and how they are cut."""
+    assert model.preprocessing is not None
+    volume = study.shown
+    shape = tuple(np.delete(volume.array.shape, axis).tolist())
+    span = check_range("slices", slices, volume.array.shape[axis])
+    if center_mm is not None:
+        center = _center(volume, axis, center_mm, span, center is not None or roi is not None)
+    if center is None and roi is None and model.preprocessing.foreground:
+        center, roi = study.middle(axis, model)
+    tiling = Tiling.of(model, volume, axis, shape, center, roi, overlap)
+    if center is None:
+        _hint(model, tiling)
+    return SliceBySlice(model, study, axis, span, tiling)
 
 
 def _center(
@@ -182,7 +187,7 @@ def _hint(model: BerDiff, tiling: Tiling) -> None:
     assert model.preprocessing is not None
     if model.preprocessing.size is None or len(tiling.tiles) == 1:
         return
-    height, width = model.preprocessing.size
+    height, width = model.preprocessing.size[-2:]
     hints.warning(
         "the model was trained on images of %d x %d, and each slice is cut into %d of them. A model that was trained "
         "on cuts around what it marks, as lidc was around nodules, knows the middle of a cut only: give it a center "
@@ -191,11 +196,6 @@ def _hint(model: BerDiff, tiling: Tiling) -> None:
         width,
         len(tiling.tiles),
     )
-
-
-def _move(advance: Callable[[float, str], object], slices: Sequence[int], share: float) -> None:
-    """Tell of a share of the work on some slices."""
-    advance(share * len(slices), f"slice {slices[-1]}")
 
 
 @contextlib.contextmanager

@@ -10,12 +10,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from berdiff_fast.channels import in_colour
+from berdiff_fast.channels import in_colour, neighbours, of_scans
+from berdiff_fast.io import cuts
 from berdiff_fast.io import raters as raters_io
 from berdiff_fast.io.volume import Volume
 from berdiff_fast.model import BerDiff
 from berdiff_fast.preprocessing import Preprocessing, Statistics
 from berdiff_fast.scans.tiling import Tiling
+
+
+def scans_of(model: BerDiff) -> int:
+    """How many scans a model is shown: its channels, without neighbours of slices."""
+    return (model.img_channels or 1) // (2 * model.context_slices + 1)
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,10 @@ class Study:
         Raises:
             TypeError, ValueError: other channels than the model has, or volumes that do not lie on one grid.
         """
-        channels = model.img_channels or 1
-        named = f" ({', '.join(model.channels)})" if model.channels else ""
+        channels = scans_of(model)
+        named = f" ({', '.join(of_scans(model.channels, model.context_slices))})" if model.channels else ""
         if isinstance(given, Volume) and given.colour is not None:
-            if not in_colour(model.channels, channels):
+            if model.context_slices or not in_colour(model.channels, channels):
                 raise ValueError(f"volume must have the model's {channels} channels{named}, got a colour picture")
             parts = (replace(given, array=x, colour=None) for x in given.colour)
             return cls(tuple(parts), given)
@@ -70,13 +76,14 @@ class Study:
         return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
 
     def cut(self, tiling: Tiling, axis: int, index: int, preprocessing: Preprocessing) -> torch.Tensor:
-        """The tiles (tiles, C, h, w) of a slice."""
+        """The tiles (tiles, C, h, w) of a slice; with its neighbours where they are channels too."""
         # Where slices were cut around what is not 0, there was 0 beyond them.
         beyond = 0.0 if preprocessing.foreground else None
         found = []
         for volume in self.volumes:
-            part = volume.array.take(index, axis)
-            found.append(tiling.cut(part, None if preprocessing.foreground else volume.outside(part), beyond))
+            for i in neighbours(index, volume.array.shape[axis], preprocessing.context_slices):
+                part = volume.array.take(i, axis)
+                found.append(tiling.cut(part, None if preprocessing.foreground else volume.outside(part), beyond))
         return torch.stack(found, dim=1)
 
     def statistics(self, axis: int, preprocessing: Preprocessing) -> Statistics | None:
@@ -87,8 +94,22 @@ class Study:
             preprocessing.statistics(torch.from_numpy(np.ascontiguousarray(v.array, np.float32))[None, None])
             for v in self.volumes
         ]
-        first, second = (torch.cat([s[k].reshape(1, 1, 1, 1) for s in each if s], dim=1) for k in (0, 1))
+        several = 2 * preprocessing.context_slices + 1
+        first, second = (
+            torch.cat([s[k].reshape(1, 1, 1, 1) for s in each if s for _ in range(several)], 1) for k in (0, 1)
+        )
         return first, second
+
+    def box(self, axis: int) -> cuts.Box:
+        """First and last + 1 of the slices along an axis, the rows and the columns that have what is not 0.
+
+        Raises:
+            ValueError: it is 0 everywhere.
+        """
+        found = cuts.foreground((volume.array for volume in self.volumes), axis)
+        if found is None:
+            raise ValueError("volume is 0 everywhere, and this model looks at what is not")
+        return found
 
     def middle(self, axis: int, model: BerDiff) -> tuple[tuple[float, float] | None, tuple[int, int, int, int] | None]:
         """Where slices are cut that were cut around what is not 0 in training: a center if a tile holds all of it,
@@ -97,13 +118,8 @@ class Study:
         Raises:
             ValueError: it is 0 everywhere.
         """
-        body = np.zeros(np.delete(self.volumes[0].array.shape, axis), bool)
-        for volume in self.volumes:
-            body |= (volume.array != 0).any(axis)
-        rows, columns = np.flatnonzero(body.any(1)), np.flatnonzero(body.any(0))
-        if not rows.size:
-            raise ValueError("volume is 0 everywhere, and this model looks at what is not")
-        box = (int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)
+        _, rows, columns = self.box(axis)
+        box = (*rows, *columns)
         assert model.preprocessing is not None
         size, spacing = model.preprocessing.size, model.preprocessing.pixel_spacing
         sides: list[float] = [box[1] - box[0], box[3] - box[2]]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from berdiff_fast import checks, limits
-from berdiff_fast.io.padding import lowest_tissue
+from berdiff_fast.io import cuts
 from berdiff_fast.io.volume import Volume
 from berdiff_fast.model import BerDiff
 
@@ -104,28 +104,16 @@ class Tiling:
         What is ``outside`` the scan (bool, of the array's shape) gets the lowest value of the tile's rest, so that it
         has no part in the tile's minimum and maximum.
         """
-        x = torch.from_numpy(np.ascontiguousarray(array).astype(np.float32))
-        beyond = None
-        if outside is not None:
-            beyond = torch.from_numpy(np.ascontiguousarray(outside))
-            x[beyond] = lowest_tissue(array, outside)
+        x = cuts.tissue(array, outside)
         if self.shape != self.original:
             smaller = any(a < b for a, b in zip(self.shape, self.original, strict=True))
             how: dict[str, Any] = dict(size=self.shape, mode="bilinear", antialias=smaller)
-            x = F.interpolate(x[None, None], **how)[0, 0]
-            beyond = None if beyond is None else F.interpolate(beyond[None, None].float(), **how)[0, 0] > 0
-        found = []
-        for row, column in self.tiles:
-            tile = torch.full(self.size, float(x.min()) if beyond_it is None else beyond_it)
-            (r, c, h, w) = self._within(row, column)
-            part = x[r : r + h, c : c + w].clone()
-            if beyond is not None:
-                out = beyond[r : r + h, c : c + w]
-                if bool(out.any()) and not bool(out.all()):
-                    part[out] = part[~out].min()
-            tile[r - row : r - row + h, c - column : c - column + w] = part
-            found.append(tile)
-        return torch.stack(found)
+            x = F.interpolate(torch.from_numpy(x)[None, None], **how)[0, 0].numpy()
+            if outside is not None:
+                wide = torch.from_numpy(np.ascontiguousarray(outside))[None, None].float()
+                outside = (F.interpolate(wide, **how)[0, 0] > 0).numpy()
+        tiles = [cuts.cut(x, tile, self.size, outside, beyond_it) for tile in self.tiles]
+        return torch.from_numpy(np.stack(tiles))
 
     def join(self, masks: torch.Tensor) -> torch.Tensor:
         """Masks (n, H, W) of a slice from those of its tiles (tiles, n, h, w)."""

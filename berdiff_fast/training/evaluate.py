@@ -179,7 +179,7 @@ def evaluate(
         raise ValueError(f"table must be one of {list(TABLES)}, got {table!r}")
     if table == "parquet":
         import pyarrow  # noqa: F401  before any work
-    for attribute in ("img_channels", "mask_channels"):
+    for attribute in ("spatial_dims", "img_channels", "mask_channels", "context_slices"):
         theirs, ours = getattr(slices, attribute), getattr(model, attribute)
         if ours is not None and theirs != ours:
             raise ValueError(f"{slices.path}: the model works on {ours} {attribute}, and the file has {theirs}")
@@ -252,6 +252,7 @@ def evaluate(
             "patients": distinct if slices.names_patients else None,
             "raters": slices.raters,
             "readers_per_slice": [int(readers.min()), int(readers.max())],
+            **({"spatial_dims": 3} if slices.spatial_dims == 3 else {}),
             **({"channels": list(slices.channels)} if slices.channels else {}),
             **({"regions": str(slices.regions)} if slices.regions else {}),
         },
@@ -323,7 +324,7 @@ def _write_masks(path: Path, kept: Sequence[tuple[int, np.ndarray]], slices: Rat
     import h5py
 
     data = io.BytesIO()
-    masks = np.stack([np.unpackbits(packed, axis=-1, count=slices.image_size[1]) for _, packed in kept])
+    masks = np.stack([np.unpackbits(packed, axis=-1, count=slices.image_size[-1]) for _, packed in kept])
     with h5py.File(data, "w") as file:
         file.create_dataset("mask", data=masks, compression="gzip", chunks=(1, *masks.shape[1:]))
         file["index"] = np.array([index for index, _ in kept])
@@ -340,14 +341,14 @@ def _draw_cases(path: Path, slices: RaterDataset, rows: Sequence[dict[str, Any]]
     ordered = sorted(rows, key=lambda row: row["model"]["ged"])
     cases = {"best": ordered[0], "median": ordered[len(ordered) // 2], "worst": ordered[-1]}
     images, raters = slices.batch([row["index"] for row in cases.values()])
-    width = slices.image_size[1]
+    width = slices.image_size[-1]
     packed = np.stack([kept[row["index"]] for row in cases.values()])
     samples = torch.from_numpy(np.unpackbits(packed, axis=-1, count=width).astype(bool))
     labels = [f"{case}: slice {row['index']}, GED {row['model']['ged']:.3f}" for case, row in cases.items()]
     remove_link(path)
     figures.contact_sheet(
         path,
-        shown.of_images(images, slices.channels),
+        shown.of_images(images, slices.channels, slices.context_slices),
         shown.of_masks(samples),
         raters=shown.of_masks(raters),
         labels=labels,

@@ -142,6 +142,8 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal:
         if isinstance(value, bool):  # as YAML reads true and false
             value = str(value).lower()
+        elif isinstance(value, int) and str(value) in get_args(kind):  # as YAML reads 3
+            value = str(value)
         if not isinstance(value, str):
             raise TypeError(f"{name} must be a string, got {value!r:.200}")
         if value not in get_args(kind):

@@ -140,8 +140,9 @@ def as_text(summary: dict[str, Any], numbers: Sequence[str], yardsticks: Sequenc
     heads = ("GED", "HM-IoU", "soft Dice", "Dice", "IoU", "diversity")
     data, n = summary["data"], summary["sampling"]["n"]
     patients = f"of {data['patients']} patients" if data["patients"] is not None else "(the file names no patients)"
+    what = "volumes" if data.get("spatial_dims") == 3 else "slices"
     lines = [
-        f"{data['slices']} of {data['of']} slices {patients}, n = {n}",
+        f"{data['slices']} of {data['of']} {what} {patients}, n = {n}",
         f"{'':24s}" + "".join(f"{h:>11s}" for h in heads),
     ]
     for p, title in (("model", "model"), *((y, f"yardstick: {y}") for y in yardsticks)):

@@ -51,6 +51,7 @@ class Network(Section):
         use_scale_shift_norm: the timestep scales and shifts instead of being added
         norm_groups: groups of GroupNorm; fewer in a narrow network
         patch_size: p x p pixels become channels on the way in: p^2 times cheaper
+        dims: 2 for slices, 3 for volumes, auto: what the data file holds
         output_crop: masks are denoised in the middle square of this many pixels; 0: everywhere
         context: with output_crop: show the surroundings too, at half the resolution
         distance: show each pixel's distance from the middle
@@ -66,10 +67,16 @@ class Network(Section):
     use_scale_shift_norm: bool = False
     norm_groups: int = 32
     patch_size: int = 1
+    dims: Literal["auto", "2", "3"] = "auto"
     output_crop: int = 0
     context: bool = False
     distance: bool = False
     initial_weights: str = ""
+
+    @property
+    def spatial_dims(self) -> int | None:
+        """2 or 3; None: as the data say."""
+        return None if self.dims == "auto" else int(self.dims)
 
     @property
     def halvings(self) -> int:
@@ -159,7 +166,7 @@ class Augmentation(Section):
     Args:
         flip: random mirror images
         rotate90: random multiples of 90 degrees
-        rotate: random rotation by up to this many degrees
+        rotate: random rotation by up to this many degrees; of volumes, in the plane of their slices
         scale: random zoom by up to this fraction
         crop: train on the middle square of this many pixels; 0: whole slices
         crop_steps: so many steps at first, then on whole slices; 0: all steps

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from berdiff_fast.schedule import NoiseSchedule
 from berdiff_fast.training import on_cpu
 from berdiff_fast.training.config import TrainConfig
 
+logger = logging.getLogger("berdiff_fast")
+
 
 def build_schedule(config: TrainConfig) -> NoiseSchedule:
     """The noise schedule of a run."""
@@ -42,8 +45,9 @@ def build_model(
     config: TrainConfig,
     mask_channels: int,
     img_channels: int,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, ...] | None = None,
     *,
+    spatial_dims: int = 2,
     preprocessing: Preprocessing | None = None,
     channels: tuple[str, ...] | None = None,
     regions: Regions | None = None,
@@ -55,6 +59,7 @@ def build_model(
         config: the run.
         mask_channels, img_channels: K and C of its data.
         size: height and width of its images, which preprocessing then asks for.
+        spatial_dims: 2, or 3 for volumes.
         preprocessing: of its images; by default what the config says of any.
         channels, regions: what its channels are called, and what those of its masks stand for.
         meta: make no memory for its weights.
@@ -77,6 +82,7 @@ def build_model(
             use_scale_shift_norm=c.use_scale_shift_norm,
             norm_groups=c.norm_groups,
             patch_size=c.patch_size,
+            dims=spatial_dims,
             num_classes=len(config.prior.edges) + 2 if config.prior.enabled else 0,
         )
         prior = _build_prior(config, img_channels) if config.prior.enabled else None
@@ -100,9 +106,10 @@ def preprocessing_of(
     img_channels: int,
     *,
     has_statistics: bool = False,
-    size: tuple[int, int] | None = None,
-    pixel_spacing: tuple[float, float] | None = None,
+    size: tuple[int, ...] | None = None,
+    pixel_spacing: tuple[float, ...] | None = None,
     foreground: bool = False,
+    context_slices: int = 0,
     channels: tuple[str, ...] | None = None,
 ) -> Preprocessing:
     """How images are scaled, by the config and by what their file tells.
@@ -112,7 +119,7 @@ def preprocessing_of(
         img_channels: C.
         channels: their names. The colours of a picture are scaled together unless told otherwise: they would change.
         has_statistics: whether the file tells those of the slices' volumes.
-        size, pixel_spacing, foreground: of its slices, see ``Preprocessing``.
+        size, pixel_spacing, foreground, context_slices: of its slices, see ``Preprocessing``.
 
     Raises:
         ValueError: windows that are not one, or one for each channel.
@@ -122,8 +129,11 @@ def preprocessing_of(
     if mode == "auto":
         mode = "window" if data.window else "z-score" if has_statistics else "min-max"
     windows: Any = tuple(zip(data.window[::2], data.window[1::2], strict=True))
-    if len(windows) > 1 and len(windows) != img_channels:
-        raise ValueError(f"data.window must be one window, or one for each of {img_channels} channels, got {windows}")
+    together = 2 * context_slices + 1  # neighbours of a slice have its scan's window
+    if len(windows) > 1 and len(windows) * together != img_channels:
+        scans = img_channels // together
+        raise ValueError(f"data.window must be one window, or one for each of {scans} channels, got {windows}")
+    windows = tuple(window for window in windows for _ in range(together if len(windows) > 1 else 1))
     return Preprocessing(
         mode,
         (windows if len(windows) > 1 else windows[0]) if windows else None,
@@ -134,6 +144,7 @@ def preprocessing_of(
         else data.per_channel == "true",
         by_volume=has_statistics and mode != "window",
         foreground=foreground,
+        context_slices=context_slices,
     )
 
 
@@ -162,7 +173,10 @@ def check(config: TrainConfig) -> None:
         ValueError, TypeError: naming the argument of ``NoiseSchedule``, ``UNet``, ``Window`` or ``ModePrior``.
     """
     build_schedule(config).subsequence(config.validation.steps, config.diffusion.spacing)
-    build_model(config, mask_channels=1, img_channels=max(len(config.data.window) // 2, 1), meta=True)
+    dims = config.network.spatial_dims or 2
+    build_model(
+        config, mask_channels=1, img_channels=max(len(config.data.window) // 2, 1), spatial_dims=dims, meta=True
+    )
 
 
 def read_data(config: TrainConfig) -> tuple[RaterDataset, RaterDataset | None]:
@@ -172,9 +186,11 @@ def read_data(config: TrainConfig) -> tuple[RaterDataset, RaterDataset | None]:
         FileNotFoundError, ValueError: files that are not there, or that this run cannot be trained or validated on.
     """
     data = config.data
-    slices = RaterDataset(data.train, in_memory=data.in_memory)
+    slices = RaterDataset(data.train, in_memory=data.in_memory, spatial_dims=config.network.spatial_dims)
     # In memory too: what is spread over a compressed file takes seconds to read, at every validation.
-    held_out = RaterDataset(data.validation, in_memory=data.in_memory) if data.validation else None
+    held_out = None
+    if data.validation:
+        held_out = RaterDataset(data.validation, in_memory=data.in_memory, spatial_dims=slices.spatial_dims)
     _check_data(config, slices, held_out)
     return slices, held_out
 
@@ -182,31 +198,55 @@ def read_data(config: TrainConfig) -> tuple[RaterDataset, RaterDataset | None]:
 def _check_data(config: TrainConfig, slices: RaterDataset, held_out: RaterDataset | None) -> None:
     factor = 1 if config.network.output_crop else config.network.halvings
     crop = config.augmentation.crop
+    _check_dims(config, slices)
     for data in filter(None, (slices, held_out)):
+        sides = data.image_size[-2:]  # a network keeps the depth of volumes as it is
         for name, side in (("network.output_crop", config.network.output_crop), ("prior.crop", config.prior.crop)):
-            if side > min(data.image_size):
+            if side > min(sides):
                 raise ValueError(f"{name} must be at most the images of {data.path}, {data.image_size}, got {side}")
-        if any(size % factor for size in data.image_size):
-            raise ValueError(f"{data.path}: images must have sides divisible by {factor}, got {data.image_size}")
-        if crop > min(data.image_size):
+        if any(size % factor for size in sides):
+            what = "images must have sides" if data.spatial_dims == 2 else "volumes must have a height and width"
+            raise ValueError(f"{data.path}: {what} divisible by {factor}, got {data.image_size}")
+        if crop > min(sides):
             raise ValueError(
                 f"augmentation.crop must be at most the images of {data.path}, {data.image_size}, got {crop} (--crop 0 "
                 "or crop: 0 in the config trains on whole slices)"
             )
-        if data.image_size[0] != data.image_size[1] and config.augmentation.rotate90 and data is slices:
+        if sides[0] != sides[1] and config.augmentation.rotate90 and data is slices:
             raise ValueError(f"augmentation.rotate90 needs square images, and {data.path} has {data.image_size}")
     if slices.img_channels > 1 and config.data.per_channel == "false" and slices.statistics is None:
         few = slices.whole()[0] if slices.in_memory else slices.batch([0, len(slices) // 2])[0].numpy()
-        axes = (0, 2, 3)
+        axes = (0, *range(2, few.ndim))
         warn_of_ranges(few.min(axes).tolist(), few.max(axes).tolist(), str(slices.path))
     if held_out is not None:
         check_disjoint(slices, held_out)
-        for name in ("img_channels", "mask_channels", "channels", "regions", "pixel_spacing"):
+        for name in ("img_channels", "mask_channels", "channels", "regions", "pixel_spacing", "context_slices"):
             if getattr(slices, name) != getattr(held_out, name):
                 raise ValueError(
                     f"data.validation must have the {name} of data.train, {getattr(slices, name)}, got "
                     f"{getattr(held_out, name)}"
                 )
+
+
+def _check_dims(config: TrainConfig, slices: RaterDataset) -> None:
+    """Raise a ValueError where a setting is for slices, and the data are volumes."""
+    network = config.network
+    if slices.spatial_dims == 3:
+        for name, value, plain in (
+            ("network.patch_size", network.patch_size, 1),
+            ("network.output_crop", network.output_crop, 0),
+            ("network.distance", network.distance, False),
+            ("prior.enabled", config.prior.enabled, False),
+        ):
+            if value != plain:
+                raise ValueError(f"{name} must be {plain} for volumes, which {slices.path} holds; got {value}")
+    elif slices.img_channels == slices.mask_channels > 1 and not slices.channels and not slices.regions:
+        logger.warning(
+            "%s: read as slices of %d channels and as many regions; if these are volumes of as many slices, "
+            "network.dims: 3 (--network.dims 3) says so",
+            slices.path,
+            slices.img_channels,
+        )
 
 
 def initial_model(config: TrainConfig, slices: RaterDataset, device: torch.device) -> BerDiff:
@@ -223,8 +263,10 @@ def initial_model(config: TrainConfig, slices: RaterDataset, device: torch.devic
             size=slices.image_size,
             pixel_spacing=slices.pixel_spacing,
             foreground=slices.foreground,
+            context_slices=slices.context_slices,
             channels=slices.channels,
         ),
+        spatial_dims=slices.spatial_dims,
         channels=slices.channels,
         regions=slices.regions,
     )
@@ -232,7 +274,8 @@ def initial_model(config: TrainConfig, slices: RaterDataset, device: torch.devic
         _start_from(config.network.initial_weights, model)
     model.to(device)
     if config.optimiser.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        last = torch.channels_last if model.spatial_dims == 2 else torch.channels_last_3d
+        model.to(memory_format=last)  # type: ignore[call-overload]
     return model
 
 

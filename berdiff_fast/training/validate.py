@@ -60,7 +60,8 @@ def _shown(
     slices: RaterDataset, images: torch.Tensor, raters: torch.Tensor, samples: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a preview shows of a batch."""
-    return shown.of_images(images, slices.channels), shown.of_masks(raters), shown.of_masks(samples)
+    image = shown.of_images(images, slices.channels, slices.context_slices)
+    return image, shown.of_masks(raters), shown.of_masks(samples)
 
 
 def validate_prior(model: BerDiff, held_out: RaterDataset) -> dict[str, float]:

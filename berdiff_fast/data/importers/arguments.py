@@ -29,6 +29,16 @@ def check_size(size: Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
+def check_volume_size(size: Sequence[int]) -> tuple[int, int, int]:
+    try:
+        depth, height, width = (checks.integer("size", side, 1) for side in size)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"size must be (depth, height, width) of whole volumes, three ints of at least 1, got {size!r}"
+        ) from None
+    return depth, height, width
+
+
 def check_pattern(pattern: str) -> None:
     try:
         re.compile(pattern)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from berdiff_fast.channels import BRATS, ENDINGS, channel_of, names_of
+from berdiff_fast.channels import BRATS, ENDINGS, PICTURES, channel_of, names_of
 from berdiff_fast.data.importers.trees import Problems, natural
 from berdiff_fast.regions import Regions
 
@@ -90,12 +90,15 @@ VOLUME_LAYOUTS = {
     ),
 }
 
+#: Layouts that pictures come in, too.
+_OF_PICTURES = ("nnunet", "qubiq")
+
 #: Whole tumour, as in the paper, by the labels of either year.
 WHOLE_TUMOUR = {"_": "WT=1,2,4", "-": "WT=1,2,3"}
 
 
-def compiled(template: str, channels: Sequence[str] = ()) -> re.Pattern[str]:
-    """A template as a regular expression of whole paths.
+def compiled(template: str, channels: Sequence[str] = (), endings: Sequence[str] = ENDINGS) -> re.Pattern[str]:
+    """A template as a regular expression of whole paths, whose {ext} is one of ``endings``.
 
     Raises:
         ValueError: it has no {case}, or a name that there is not.
@@ -105,7 +108,7 @@ def compiled(template: str, channels: Sequence[str] = ()) -> re.Pattern[str]:
         "case": r"(?P<case>[^/]+?)",
         "channel": rf"(?P<channel>{named})",
         "rater": r"(?P<rater>\d{1,4})",
-        "ext": "(?:" + "|".join(re.escape(end) for end in ENDINGS) + ")",
+        "ext": "(?:" + "|".join(re.escape(end) for end in endings) + ")",
     }
     found, seen = [], set()
     for text in re.split(r"(\{[^{}]*\})", template):
@@ -125,16 +128,18 @@ def compiled(template: str, channels: Sequence[str] = ()) -> re.Pattern[str]:
 def detect_volumes(root: Path) -> dict[str, str]:
     """Layouts that the tree looks like, and what shows it."""
     paths = list(paths_in(root, depth=2, at_most=2000))
+    return _detected(paths, VOLUME_LAYOUTS, ENDINGS) or _detected(paths, _OF_PICTURES, PICTURES)
+
+
+def _detected(paths: Sequence[str], names: Iterable[str], endings: Sequence[str]) -> dict[str, str]:
     found = {}
-    for name, layout in VOLUME_LAYOUTS.items():
-        images = [p for p in paths if _is_image(p, layout)]
-        if images:
-            found[name] = f"there is {images[0]}"
+    for name in names:
+        layout = VOLUME_LAYOUTS[name]
+        patterns = [compiled(t, _spelled(layout.channels), endings) for t in layout.images]
+        image = next((path for path in paths if any(p.fullmatch(path) for p in patterns)), None)
+        if image:
+            found[name] = f"there is {image}"
     return found
-
-
-def _is_image(path: str, layout: VolumeLayout) -> bool:
-    return any(m for t in layout.images if (m := compiled(t, _spelled(layout.channels)).fullmatch(path)))
 
 
 def _spelled(channels: Sequence[str]) -> tuple[str, ...]:
@@ -142,9 +147,14 @@ def _spelled(channels: Sequence[str]) -> tuple[str, ...]:
 
 
 def list_cases(
-    root: Path, layout: VolumeLayout, channels: Sequence[str], problems: Problems, ignored: list[str]
+    root: Path,
+    layout: VolumeLayout,
+    channels: Sequence[str],
+    problems: Problems,
+    ignored: list[str],
+    pictures: bool = False,
 ) -> tuple[list[Case], tuple[str, ...]]:
-    """The cases of a tree, and the names of their channels.
+    """The cases of a tree, and the names of their channels. If it has no volumes, its cases are pictures.
 
     Args:
         root: of the tree.
@@ -152,14 +162,19 @@ def list_cases(
         channels: the wanted names; the layout's, or all that are found, by default.
         problems: gets what is wrong: a channel that is missing, or there twice; a case without a label map.
         ignored: gets files that no template fits.
+        pictures: look for pictures alone.
     """
     wanted = tuple(channels) or layout.channels
     spelled = _spelled(wanted)
-    of_images = [compiled(t, spelled) for t in layout.images]
-    of_masks = [compiled(t) for t in layout.masks]
+    paths = list(paths_in(root, depth=4))
+    volumes = [compiled(t, spelled) for t in layout.images]
+    pictures = pictures or not any(pattern.fullmatch(path) for path in paths for pattern in volumes)
+    endings = PICTURES if pictures else ENDINGS
+    of_images = [compiled(t, spelled, endings) for t in layout.images]
+    of_masks = [compiled(t, endings=endings) for t in layout.masks]
     images: dict[str, dict[str, str]] = {}
     masks: dict[str, dict[int, str]] = {}
-    for path in paths_in(root, depth=4):
+    for path in paths:
         case_of_mask = next((m for p in of_masks if (m := p.fullmatch(path))), None)
         case_of_image = next((m for p in of_images if (m := p.fullmatch(path))), None)
         if case_of_mask and not (case_of_image and wanted):

@@ -17,7 +17,7 @@ class Depth:
             itself, or has values above 32767.
 
     Attributes:
-        dtype: the type; None before the first image of 16 bits.
+        dtype: the type; None before the first image of 16 bits that it holds.
     """
 
     def __init__(self, name: str) -> None:
@@ -28,20 +28,23 @@ class Depth:
     def check(self, x: np.ndarray, path: str) -> None:
         """Raise ValueError if the type does not hold the values of an image, which is named by its path."""
         low, high = float(x.min()), float(x.max())
-        if self.dtype is None:
+        dtype = self.dtype
+        if dtype is None:
             unsigned = x.dtype.kind in "bu" or high > np.iinfo(np.int16).max
-            self.dtype, self._first = np.dtype(np.uint16 if unsigned else np.int16), path
-        whole = self.dtype.kind in "iu"
+            dtype = np.dtype(np.uint16 if unsigned else np.int16)
+        whole = dtype.kind in "iu"
         if whole and x.dtype.kind == "f" and (x != np.rint(x)).any():
             broken = float(x[x != np.rint(x)].flat[0])
             raise ValueError(f"has values that are not whole, as {broken:g}, and depth {self.name} keeps whole numbers")
-        info = np.iinfo(self.dtype) if whole else np.finfo(self.dtype)
-        if low < info.min or high > info.max:
-            told = f" ({self.dtype}, as {self._first})" if self._first else ""
+        info = np.iinfo(dtype) if whole else np.finfo(dtype)
+        least, most = float(info.min), float(info.max)
+        if low < least or high > most:
+            told = f" ({dtype}, as {self._first})" if self._first else ""
             raise ValueError(
-                f"has values from {low:g} to {high:g}, and depth {self.name}{told} holds {float(info.min):g} to "
-                f"{float(info.max):g}"
+                f"has values from {low:g} to {high:g}, and depth {self.name}{told} holds {least:g} to {most:g}"
             )
+        if self.dtype is None:
+            self.dtype, self._first = dtype, path
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """``x`` in the type; between whole numbers, as resizing makes values, it is rounded."""

@@ -24,7 +24,7 @@ class Report:
     Attributes:
         source, output: the tree and the folder written.
         layout, evidence: the layout taken, and why.
-        size: (H, W) in pixels.
+        size: (H, W) in pixels, or (D, H, W) of whole volumes.
         raters: R.
         splits: "train", "val", "test" to what is in it; one without slices has no file.
         problems: everything that was left out, and why; empty if ``on_error`` is "stop".
@@ -40,7 +40,7 @@ class Report:
     output: str
     layout: str
     evidence: str
-    size: tuple[int, int]
+    size: tuple[int, ...]
     raters: int
     splits: dict[str, SplitReport]
     problems: tuple[Problem, ...]
@@ -58,13 +58,14 @@ class Report:
 
     def to_text(self) -> str:
         """The report in a few lines; of many problems only the first."""
+        what = "volumes" if len(self.size) == 3 else "slices"
         lines = [
             f"layout    {self.layout}: {self.evidence}",
-            f"slices    {pixels.by(self.size)}, {self.raters} raters",
+            f"{what:9s} {pixels.by(self.size)}, {self.raters} raters",
         ]
         for name, split in self.splits.items():
             empty = f"; empty masks by rater: {', '.join(map(str, split.empty_masks))}" if split.slices else ""
-            lines.append(f"{name:9s} {split.slices} slices of {split.patients} patients{empty}")
+            lines.append(f"{name:9s} {split.slices} {what} of {split.patients} patients{empty}")
         lines += [f"note      {note}" for note in self.notes]
         if self.ignored:
             lines.append(f"ignored   {len(self.ignored)} files or folders, such as {shown(self.ignored[0])}")

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from berdiff_fast.data.importers.case_reading import cut_around
 from berdiff_fast.io.padding import lowest_tissue
 from berdiff_fast.io.volume import Volume
 
@@ -79,3 +78,13 @@ class Cutter:
         smaller = any(a < b for a, b in zip(self.shape, self.original, strict=True))
         found = F.interpolate(torch.from_numpy(x)[None, None], self.shape, mode="bilinear", antialias=smaller)
         return found[0, 0].numpy()
+
+
+def cut_around(x: np.ndarray, middle: tuple[float, float], size: tuple[int, int], beyond: float = 0) -> np.ndarray:
+    """The (..., H, W) around a point of (..., h, w), with zeros, or another value, beyond."""
+    found = np.full((*x.shape[:-2], *size), beyond, x.dtype)
+    starts = [round(m - s / 2) for m, s in zip(middle, size, strict=True)]
+    ours = [slice(max(0, -start), min(s, n - start)) for start, s, n in zip(starts, size, x.shape[-2:], strict=True)]
+    theirs = [slice(max(0, start), min(n, start + s)) for start, s, n in zip(starts, size, x.shape[-2:], strict=True)]
+    found[..., ours[0], ours[1]] = x[..., theirs[0], theirs[1]]
+    return found

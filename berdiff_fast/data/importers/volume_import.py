@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``import_volumes``: from a tree of volumes, several channels and label maps a case, to slices for training."""
+"""``import_volumes``: from a tree of volumes, with channels and label maps, to slices or volumes for training."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,15 @@ import numpy as np
 
 from berdiff_fast import checks
 from berdiff_fast._version import __version__
-from berdiff_fast.data import pixels
-from berdiff_fast.data.importers.arguments import check_choice, check_output, check_size, check_source
-from berdiff_fast.data.importers.case_reading import CaseReader, cut_around
+from berdiff_fast.channels import COLOUR, in_context
+from berdiff_fast.data.importers.arguments import (
+    check_choice,
+    check_output,
+    check_size,
+    check_source,
+    check_volume_size,
+)
+from berdiff_fast.data.importers.case_reading import CaseReader
 from berdiff_fast.data.importers.cases import (
     VOLUME_LAYOUTS,
     WHOLE_TUMOUR,
@@ -27,16 +30,15 @@ from berdiff_fast.data.importers.cases import (
     list_cases,
     nnunet_names,
 )
+from berdiff_fast.data.importers.depth import DEPTHS, Depth
 from berdiff_fast.data.importers.files import write_reports
 from berdiff_fast.data.importers.report import FORMAT, Report
 from berdiff_fast.data.importers.splits import DEFAULT_SPLIT, RULE, assign, read_splits, shares_of
 from berdiff_fast.data.importers.trees import SPLITS, Problems, Slice, numbers
-from berdiff_fast.data.importers.writing import SplitReport, Writer, whole
+from berdiff_fast.data.importers.volume_writing import Cutting, measured, write_cases
+from berdiff_fast.data.importers.writing import whole
 from berdiff_fast.imaging import volumes
 from berdiff_fast.regions import Regions, check_names
-
-#: Sides of slices are multiples of this, which networks halve.
-_MULTIPLE = 16
 
 
 def import_volumes(
@@ -56,6 +58,10 @@ def import_volumes(
     plane: str = "axial",
     missing_mask: str = "error",
     on_error: str = "stop",
+    colour: bool = False,
+    depth: str | int = "float32",
+    context_slices: int = 0,
+    whole_volumes: bool = False,
     overwrite: bool = False,
     preview: bool = True,
     progress: bool = False,
@@ -63,7 +69,8 @@ def import_volumes(
     """Turn a tree of volumes into train.h5, val.h5, test.h5, splits.json, import.json and preview.png.
 
     A file holds image (N, C, H, W) in the volumes' own units, mask (N, R, K, H, W), rater_valid (N, R), and statistics
-    (N, C, 4) of each slice's volume; see docs/data.md. Memory is bounded by one case.
+    (N, C, 4) of each slice's volume; with ``whole_volumes`` (N, C, D, H, W) and (N, R, K, D, H, W); see docs/data.md.
+    Memory is bounded by one case.
 
     Args:
         source, output, split, seed, split_file, on_error, overwrite, preview, progress: as in ``import_tree``.
@@ -72,12 +79,18 @@ def import_volumes(
         regions: the mask's channels; by default those of dataset.json, the whole tumour for "brats", else every label
             there is as one region.
         other_labels: what a label that no region names is: "error" or "background".
-        size: (H, W) of slices; by default the smallest multiples of 16 that hold every case, for which each case is
-            read once more.
+        size: (H, W) of slices, or (D, H, W) of whole volumes; by default the smallest multiples of 16 (D: the smallest
+            number) that hold every case, for which each case is read once more.
         foreground: cut slices around the middle of what is not 0; by default for "brats".
         empty_share: of slices in which nobody marked anything so many are taken, chosen by the seed.
         plane: "axial", "coronal" or "sagittal".
         missing_mask: what a rater without a label map of a case is: "error", "empty" or "absent".
+        colour: a case is one colour picture, and becomes three channels, R, G and B.
+        depth: the type of images in the file: "float32", "float16", 16 (int16 or uint16 by the first image) or 8
+            (uint8). Values stay what they are; a volume with others is an error.
+        context_slices: so many neighbours of a slice, above and below, are channels of their own: ct[-1], ct[0] and
+            ct[+1] of ct with 1. At an end of a volume the last slice is repeated.
+        whole_volumes: examples are volumes, for a network of three dimensions, and not slices.
 
     Returns:
         What was found and written.
@@ -94,13 +107,24 @@ def import_volumes(
     check_choice("on_error", on_error, ("stop", "skip"))
     check_choice("other_labels", other_labels, ("error", "background"))
     check_choice("plane", plane, ("axial", "coronal", "sagittal"))
+    check_choice("depth", str(depth), DEPTHS)
+    checks.integer("context_slices", context_slices, 0)
+    if context_slices and (whole_volumes or colour):
+        what = "whole_volumes" if whole_volumes else "colour"
+        raise ValueError(f"context_slices is for slices of volumes, got {context_slices} with {what}")
+    if whole_volumes and colour:
+        raise ValueError("whole_volumes is for volumes, and colour for pictures")
+    if colour and channels:
+        raise ValueError(f"channels must not be given with colour, whose channels are R, G and B, got {list(channels)}")
     if channels:
         channels = check_names("channels", list(channels))
     shares = None if split is None else shares_of(split)
     checks.integer("seed", seed, 0)
     if shares is not None and split_file is not None:
         raise ValueError("split and split_file cannot both be given")
-    exact = None if size is None else check_size(size)
+    exact: tuple[int, ...] | None = None
+    if size is not None:
+        exact = check_volume_size(size) if whole_volumes else check_size(size)
     if isinstance(empty_share, bool) or not 0 <= float(empty_share) <= 1:
         raise ValueError(f"empty_share must be in [0, 1], got {empty_share!r}")
     lists = None if split_file is None else read_splits(Path(split_file))
@@ -110,17 +134,22 @@ def import_volumes(
 
     problems = Problems(stop=on_error == "stop")
     ignored: list[str] = []
-    cases, names = list_cases(root, layout, channels, problems, ignored)
+    cases, names = list_cases(root, layout, channels, problems, ignored, colour)
     told = ""
     if kind == "nnunet":
         named, told = nnunet_names(root)
-        if named and set(named) != set(names) and not channels:
+        if named and set(named) != set(names) and not channels and not colour:
             raise ValueError(f"dataset.json: names channels {sorted(named)}, and the files have {list(names)}")
         names = tuple(named.get(name, name) for name in names)
     if not cases:
         first = problems.found[0] if problems.found else None
         why = f"; the first problem: {first.path}: {first.reason}" if first else f", which is {layout.shape}"
-        raise ValueError(f"source: no case of layout {kind!r} in {root}{why}")
+        among = " among its pictures" if colour else ""
+        raise ValueError(f"source: no case of layout {kind!r} in {root}{among}{why}")
+    if colour:
+        if len(names) > 1:
+            raise ValueError(f"colour: a case must have one colour picture, and the files are {', '.join(names)}")
+        names = COLOUR
     raters = max(len(case.masks) for case in cases)
     if missing_mask == "error":
         for case in cases:
@@ -130,14 +159,16 @@ def import_volumes(
         cases = [case for case in cases if len(case.masks) == raters]
     found = _regions(regions, told or layout.regions, kind, root, cases)
 
-    reader = CaseReader(root, found, raters, plane, other_labels, problems)
+    reader = CaseReader(root, found, raters, plane, other_labels, Depth(str(depth)), problems, colour=colour)
     slices = [Slice(case.patient, case.name, 0, case.images[0], case.masks) for case in cases]
     patients_of, rule = assign(slices, False, shares, lists, seed)
     place = {patient: name for name, patients in patients_of.items() for patient in patients}
     ids, from_names = numbers(list({case.patient for case in cases}))
     notes = [] if from_names else ["patient_id is a patient's place in sorted order: not all names end in a number"]
     if exact is None:
-        exact, cases = _size(cases, reader, foreground, progress)
+        exact, cases = measured(cases, reader, foreground, whole_volumes, progress)
+    cutting = Cutting(exact, foreground, context_slices, float(empty_share), seed)
+    names = in_context(names, context_slices)
     parameters: dict[str, Any] = {
         "layout": kind,
         "split": list(shares or DEFAULT_SPLIT) if rule is RULE else rule,
@@ -153,6 +184,11 @@ def import_volumes(
         "on_error": on_error,
         "scaling": "none: intensities are the volumes' own",
     }
+    # Only what is used is named: files of other imports are what they were.
+    used = {"colour": colour, "context_slices": context_slices, "whole_volumes": whole_volumes}
+    parameters |= {name: value for name, value in used.items() if value}
+    if str(depth) != "float32":
+        parameters["depth"] = str(depth)
     with whole(target, overwrite) as folder:
         attributes = {
             "format": FORMAT,
@@ -163,26 +199,19 @@ def import_volumes(
             "regions": json.dumps([[name, list(labels)] for name, labels in found.table]),
             "foreground": foreground,
         }
-        counts, shown, spacings = _write(
-            folder,
-            cases,
-            place,
-            ids,
-            reader,
-            exact,
-            foreground,
-            float(empty_share),
-            seed,
-            missing_mask,
-            attributes,
-            progress,
+        if context_slices:
+            attributes["context_slices"] = context_slices
+        if whole_volumes:
+            attributes["spatial_dims"] = 3
+        counts, shown, spacings = write_cases(
+            folder, cases, place, ids, reader, cutting, missing_mask, attributes, progress
         )
         if not any(one.slices for one in counts.values()):
             first = problems.found[0] if problems.found else None
             raise ValueError(f"source: no slice in {root}" + (f"; {first.path}: {first.reason}" if first else ""))
         notes += [f"{name} has no slices, and no file" for name in SPLITS if not counts[name].slices]
-        if len(spacings) > 1:
-            notes.append(f"cases differ in pixel spacing ({len(spacings)} kinds): the files tell none")
+        if spacings > 1:
+            notes.append(f"cases differ in pixel spacing ({spacings} kinds): the files tell none")
         report = Report(
             source=str(source),
             output=str(output),
@@ -212,109 +241,3 @@ def _regions(given: Regions | str | None, told: str, kind: str, root: Path, case
     labels = np.unique(volumes.read(root / next(iter(cases[0].masks.values()))).array)
     values = tuple(int(v) for v in labels if v > 0 and v == int(v))
     return Regions((("region", values or (1,)),))
-
-
-def _size(
-    cases: list[Case], reader: CaseReader, foreground: bool, progress: bool
-) -> tuple[tuple[int, int], list[Case]]:
-    """The smallest multiples of 16 that hold every case, and the cases that could be read."""
-    from tqdm import tqdm
-
-    sides, good = [(1, 1)], []
-    for case in tqdm(cases, unit="case", desc="measuring", disable=None if progress else True):
-        read = reader(case)
-        if read is not None:
-            top, bottom, left, right = read.box
-            sides.append((bottom - top, right - left) if foreground else read.images.shape[-2:])
-            good.append(case)
-    height, width = (-(-max(side) // _MULTIPLE) * _MULTIPLE for side in zip(*sides, strict=True))
-    return (height, width), good
-
-
-def _write(
-    folder: Path,
-    cases: list[Case],
-    place: dict[str, str],
-    ids: dict[str, int],
-    reader: CaseReader,
-    size: tuple[int, int],
-    foreground: bool,
-    empty_share: float,
-    seed: int,
-    missing_mask: str,
-    attributes: dict[str, Any],
-    progress: bool,
-) -> tuple[dict[str, SplitReport], list[tuple[np.ndarray, np.ndarray]], set[tuple[float, float] | None]]:
-    """Write each split's file, case after case."""
-    from tqdm import tqdm
-
-    shown: list[tuple[np.ndarray, np.ndarray]] = []
-    writers: dict[str, Writer] = {}
-    visits: Counter[str] = Counter()
-    spacings: set[tuple[float, float] | None] = set()
-    every = max(1, len(cases) // 8)
-    with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(cases, unit="case", disable=None if progress else True))
-        for number, case in enumerate(bar):
-            if case.patient not in place:
-                reader.problems.add(case.images[0], f"its patient {case.patient!r} is not in the split file")
-                continue
-            read = reader(case)
-            if read is None:
-                continue
-            top, bottom, left, right = read.box
-            height, width = read.images.shape[-2:]
-            middle = ((top + bottom) / 2, (left + right) / 2) if foreground else (height / 2, width / 2)
-            images = cut_around(read.images, middle, size)
-            masks = cut_around(read.masks, middle, size)
-            if masks.sum() < read.masks.sum():
-                reader.problems.add(
-                    next(iter(case.masks.values())), f"marks more than the {pixels.by(size)} pixels that are cut out"
-                )
-                continue
-            name, statistics = place[case.patient], read.statistics
-            if name not in writers:
-                room = sum(1 for c in cases if place.get(c.patient) == name) * 4096
-                writers[name] = Writer(
-                    folder / f"{name}.h5",
-                    room,
-                    images[:, 0].shape,
-                    masks[:, :, 0].shape,
-                    {**attributes, "split": name},
-                    np.float32,
-                    statistics=True,
-                )
-                stack.callback(writers[name].close)
-            spacings.add(None if read.spacing is None else (round(read.spacing[0], 4), round(read.spacing[1], 4)))
-            valid = read.valid if missing_mask == "absent" else None
-            chosen = [
-                s for s in range(images.shape[1]) if masks[:, :, s].any() or _is_drawn(case.name, s, empty_share, seed)
-            ]
-            for s in chosen:
-                one = Slice(case.patient, case.name, s, case.images[0], case.masks)
-                image = np.ascontiguousarray(images[:, s], np.float32)
-                writers[name].append(
-                    image,
-                    masks[:, :, s].astype(np.uint8),
-                    ids[case.patient],
-                    visits[case.patient],
-                    one,
-                    valid,
-                    statistics,
-                )
-            visits[case.patient] += 1
-            if number // every >= len(shown) and chosen:
-                s = max(chosen, key=lambda s: masks[:, :, s].sum())
-                shown.append((pixels.to_image(images[0, s], None), masks[:, 0, s].astype(np.uint8)))
-        if len(spacings) == 1 and None not in spacings:
-            for writer in writers.values():
-                writer.tell("pixel_spacing", np.array(next(iter(spacings)), np.float64))
-        done = {name: writer.finish() for name, writer in writers.items() if writer.rows}
-    none = (0,) * reader.raters
-    return {name: done.get(name, SplitReport(0, 0, none, none)) for name in SPLITS}, shown, spacings
-
-
-def _is_drawn(case: str, index: int, share: float, seed: int) -> bool:
-    """A slice by itself, whatever others there are."""
-    digest = hashlib.sha256(f"{case}#{index}#{seed}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
