@@ -63,7 +63,7 @@ CHANGED = {
 
 
 #: Settings that there were not when settings got their sections.
-LATER = {"scaling": "auto", "per_channel": "auto"}
+LATER = {"scaling": "auto", "per_channel": "auto", "log_with": [], "project": "berdiff_fast"}
 
 
 def test_flat_names_and_defaults_are_what_they_were():
@@ -166,6 +166,7 @@ BAD_CONFIGS = {
     "prediction": ({"prediction": "v"}, "prediction must be"),
     "crop": ({"crop": 30}, "crop must be a multiple of 8"),
     "crop_steps": ({"crop_steps": 10}, "crop_steps needs crop"),
+    "project": ({"project": " "}, "records.project must be a name, got ' '"),
 }
 
 

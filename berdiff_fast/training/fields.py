@@ -115,7 +115,8 @@ def _unknown(key: str, known: Sequence[str]) -> ValueError:
 
 
 def coerce(name: str, value: Any, kind: Any) -> Any:
-    """A value as one of ``kind``: bool, int, float, str, a choice (``Literal``) or a tuple of one of these.
+    """A value as one of ``kind``: bool, int, float, str, a choice (``Literal``) or a tuple of one of these. One word is
+    a tuple of words, too.
 
     Raises:
         TypeError: a value of another type.
@@ -151,6 +152,9 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, str):
             raise TypeError(f"{name} must be a string, got {value!r:.200}")
         return value
+    inner = get_args(kind)[0]
+    if isinstance(value, str) and (inner is str or get_origin(inner) is Literal):
+        value = (value,)
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a list, got {value!r:.200}")
-    return tuple(coerce(name, part, get_args(kind)[0]) for part in value)
+    return tuple(coerce(name, part, inner) for part in value)

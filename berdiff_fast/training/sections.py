@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from berdiff_fast.choices import Method, Prediction, Schedule, Spacing
+from berdiff_fast.choices import Method, Prediction, Schedule, Spacing, Tracker
 from berdiff_fast.training.fields import Section, flat_names
 
 
@@ -235,12 +235,16 @@ class Records(Section):
         checkpoint_every: steps between checkpoints
         keep: checkpoints to keep, the newest ones
         tensorboard: write TensorBoard files, where it is installed
+        log_with: trackers of Accelerate that follow the run, one or several
+        project: the project or experiment that trackers list the run under
     """
 
     log_every: int = 50
     checkpoint_every: int = 500
     keep: int = 2
     tensorboard: bool = True
+    log_with: tuple[Tracker, ...] = ()
+    project: str = "berdiff_fast"
 
 
 @dataclass(frozen=True)
