@@ -63,7 +63,10 @@ CHANGED = {
 
 
 #: Settings that there were not when settings got their sections.
-LATER = {"scaling": "auto", "per_channel": "auto", "log_with": [], "project": "berdiff_fast"}
+LATER = {
+    "scaling": "auto", "per_channel": "auto", "log_with": [], "project": "berdiff_fast", "network_class": "",
+    "network_arguments": "", "allow_imports": [],
+}  # fmt: skip
 
 
 def test_flat_names_and_defaults_are_what_they_were():

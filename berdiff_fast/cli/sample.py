@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg, create_mutex_group
 
 from berdiff_fast import words
 from berdiff_fast.choices import Method, Spacing
-from berdiff_fast.cli.base import Command, Files, Flag, Masks
+from berdiff_fast.cli.base import Command, Files, Flag, Masks, Packages
 
 _WHERE = create_mutex_group(required=False, title="where in a slice")
 
@@ -56,6 +56,7 @@ class Sample(Command):
         anonymize: name no file in report.html and summary.json
         winograd: multiply less, which is faster on a CPU and about one decimal digit less accurate
         max_batch: masks per call of the network
+        allow_imports: packages whose code a model may run, if its network is a class of somebody's own
         device: auto, cpu, cuda, ...
         overwrite: replace earlier results
         quiet: no progress bar, no words but errors
@@ -83,6 +84,7 @@ class Sample(Command):
     anonymize: Flag = False
     winograd: Flag = False
     max_batch: Annotated[int | None, arg(metavar="MASKS")] = None
+    allow_imports: Packages = ()
     device: str = "auto"
     overwrite: Flag = False
     quiet: Flag = False
@@ -102,7 +104,7 @@ class Sample(Command):
             raise ValueError(f"series: {self.input} is not a DICOM folder")
         files = raters_io.read(self.raters, volume)
         raters = results.check_raters(files, volume)
-        model = load(self.model).to(device)
+        model = load(self.model, allow_imports=self.allow_imports).to(device)
         if (model.img_channels or 1) > 1 or model.mask_channels > 1:
             raise ValueError(
                 f"model: {self.model} has {model.img_channels} channels and {model.mask_channels} regions, and this "

@@ -48,6 +48,7 @@ def train(config: TrainConfig) -> Path:
     setup.check(config)
     trackers.check(config)
     slices, held_out = setup.read_data(config)
+    setup.check_network(config, slices)
     accelerator = setup.accelerator(config)
     with run_folder(Path(config.output), accelerator):
         return _train(config, slices, held_out, accelerator)
