@@ -15,3 +15,5 @@ Schedule = Literal["linear", "cosine", "cosine2"]
 Prediction = Literal["epsilon", "y_0"]
 #: Kernels, the fastest first; see ``backends.select``.
 Backend = Literal["cuda", "cpp", "triton", "reference"]
+#: Accelerate's trackers by its names, which are those of the packages too; see ``training.trackers``.
+Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "clearml", "aim", "dvclive", "swanlab", "trackio"]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from berdiff_fast import digests, words
 from berdiff_fast.model import PRIOR, WEIGHTS, BerDiff
-from berdiff_fast.network import official
+from berdiff_fast.network import described, official
 from berdiff_fast.network.prior import ModePrior
 from berdiff_fast.network.unet import UNet
 from berdiff_fast.schedule import NoiseSchedule
@@ -26,15 +26,23 @@ def bundled_models() -> list[str]:
     return sorted(p.name for p in _BUNDLED.iterdir() if (p / WEIGHTS).is_file()) if _BUNDLED.is_dir() else []
 
 
-def load(name_or_path: str | os.PathLike[str]) -> BerDiff:
+def load(name_or_path: str | os.PathLike[str], *, allow_imports: bool | Sequence[str] = False) -> BerDiff:
     """A model from a directory, a .safetensors file, or the package (``bundled_models()``); in eval mode on the CPU.
 
     Weights are float32, whatever precision they were stored in.
 
+    Args:
+        name_or_path: the model.
+        allow_imports: a model may be of a network of somebody's own, whose class the file names. Importing it runs code
+            of an installed package, with arguments from the file. The packages that may be imported for this, or True
+            for any; by default a file that asks for it is refused.
+
     Raises:
         FileNotFoundError: neither a path nor a bundled name.
-        ValueError: unreadable, truncated, or not a model of this package; the message names the file.
+        ValueError: unreadable, truncated, not a model of this package, or a class that may not be imported; the message
+            names the file.
     """
+    described.allowed_packages(allow_imports)
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise TypeError(f"name_or_path must be a name or a path, got {type(name_or_path).__name__}")
     path = Path(name_or_path)
@@ -63,28 +71,37 @@ def load(name_or_path: str | os.PathLike[str]) -> BerDiff:
         config = digests.parsed(metadata["berdiff_fast"])
         of_prior = {k.removeprefix(PRIOR): weights[k] for k in weights if k.startswith(PRIOR)}
         of_network = {k: w for k, w in weights.items() if not k.startswith(PRIOR)}
-        _check_network(config.get("network"), of_network)
+        _check_network(config.get("network"), of_network, allow_imports)
         _check_prior(config.get("mode_prior"), of_prior)
-        model = BerDiff.from_config(config).float()  # whatever torch's default dtype is
+        if described.names_class(config["network"]):  # before any code of that is run
+            digests.check(metadata["berdiff_fast"], weights)
+        model = BerDiff.from_config(config, allow_imports=allow_imports).float()  # whatever torch's default dtype is
         if unknown := config.keys() - model.to_config().keys():
             raise ValueError(f"its description has the unknown key {min(unknown)!r:.80}")
         digests.check(metadata["berdiff_fast"], weights)  # last: what can be said more plainly has been
-        model.network.load_state_dict({name: tensor.float() for name, tensor in of_network.items()})
+        wide = {k: w.float() if w.is_floating_point() else w for k, w in of_network.items()}
+        model.network.load_state_dict(wide)
         if model.mode_prior is not None:
             model.mode_prior.load_state_dict({name: tensor.float() for name, tensor in of_prior.items()})
+    except described.ImportRefusedError as error:
+        raise described.ImportRefusedError(f"{file}: {error}") from None
     except Exception as error:  # what the header says may be of any kind
         raise ValueError(f"{file} does not hold a complete berdiff_fast model: {words.line(error)}") from error
     return model.eval()
 
 
-def _check_network(config: Any, weights: Mapping[str, torch.Tensor]) -> None:
+def _check_network(config: Any, weights: Mapping[str, torch.Tensor], allow_imports: bool | Sequence[str]) -> None:
     """That the weights are those of the network described, before memory is taken for that.
 
     Raises:
+        ImportRefusedError: it is of a class that may not be imported.
         ValueError, TypeError, RuntimeError: they are not, or no network can be described so.
     """
     if not isinstance(config, Mapping):
         raise ValueError(f"network must be an object, got {config!r:.80}")
+    described.refuse(config, allow_imports)
+    if config.get("type") != "UNet":
+        return  # a class of one's own may need more than shapes to be made, and another type is refused
     arguments = {name: value for name, value in config.items() if name != "type"}
     with torch.device("meta"):
         UNet(**arguments).load_state_dict({name: tensor.to("meta") for name, tensor in weights.items()})

@@ -18,6 +18,7 @@ from torch import nn
 
 from berdiff_fast import checks, digests
 from berdiff_fast.files import write_bytes
+from berdiff_fast.network import described
 from berdiff_fast.network.prior import ModePrior, class_logits, class_probabilities
 from berdiff_fast.network.unet import UNet, check_size
 from berdiff_fast.network.window import Window
@@ -40,8 +41,8 @@ class BerDiff(nn.Module):
     """A network, its noise schedule, what it predicts, and how its images are prepared.
 
     Args:
-        network: called as ``network(y_t, t, img)``, returns logits of the shape of y_t. ``UNet`` can be saved; any
-            other module can be sampled from and trained.
+        network: called as ``network(y_t, t, img)``, returns logits of the shape of y_t. ``UNet`` can be saved, and with
+            ``network_arguments`` a module of any class that can be imported; others can be sampled from and trained.
         schedule: a ``NoiseSchedule`` or its name.
         prediction: "epsilon": the logits say P(y_t xor y_0 = 1), the paper's calibration; "y_0": P(y_0 = 1).
         preprocessing: from raw intensities to ``img``; None if only the user knows.
@@ -58,6 +59,8 @@ class BerDiff(nn.Module):
             them: the whole tumour has what the tumour core has.
         mode_prior: p(c | x), for a network that is told the size class c of the mask, as its fourth argument
             (``UNet(num_classes=...)``). ``sample`` then draws a mask's class first; see docs/math.md.
+        network_arguments: the keyword arguments, JSON-able, that the network's class was called with. A file then says
+            how to build it, which ``load`` does where ``allow_imports`` lets it.
 
     Attributes:
         output_window: these three, a ``network.window.Window``.
@@ -84,6 +87,7 @@ class BerDiff(nn.Module):
         mode_prior: ModePrior | None = None,
         channels: Sequence[str] | None = None,
         regions: Regions | Mapping[str, Sequence[int]] | None = None,
+        network_arguments: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
@@ -99,6 +103,8 @@ class BerDiff(nn.Module):
         if spacing not in SPACINGS:
             raise ValueError(f"spacing must be one of {list(SPACINGS)}, got {spacing!r}")
         self.network = network
+        #: Of a network of one's own that can be saved: its class and arguments.
+        self.own_network = None if network_arguments is None else described.describe(network, network_arguments)
         self.spacing = spacing
         self.schedule = schedule
         self.prediction = prediction
@@ -208,23 +214,20 @@ class BerDiff(nn.Module):
 
     def with_weights(self, network: nn.Module, mode_prior: ModePrior | None) -> BerDiff:
         """A model that is like this one but for its modules: averaged ones, say."""
-        return BerDiff(
+        same = ("preprocessing", "spacing", "rescale_timesteps", "mask_channels", "img_channels", "spatial_dims")
+        options: dict[str, Any] = {name: getattr(self, name) for name in (*same, "channels", "regions")}
+        made = BerDiff(
             network,
             self.schedule,
             self.prediction,
-            preprocessing=self.preprocessing,
-            spacing=self.spacing,
-            rescale_timesteps=self.rescale_timesteps,
-            mask_channels=self.mask_channels,
-            img_channels=self.img_channels,
-            spatial_dims=self.spatial_dims,
             output_crop=self.output_window.size,
             context=self.output_window.context,
             distance=self.output_window.distance,
             mode_prior=mode_prior,
-            channels=self.channels,
-            regions=self.regions,
+            **options,
         )
+        made.own_network = self.own_network
+        return made
 
     @property
     def context_slices(self) -> int:
@@ -284,17 +287,14 @@ class BerDiff(nn.Module):
         """All but the weights; JSON-able.
 
         Raises:
-            TypeError: the network is not a ``UNet``, so a file could not say how to build it.
+            TypeError: the network is neither a ``UNet`` nor of ``network_arguments``, so a file could not say how to
+                build it.
         """
-        if not isinstance(self.network, UNet):
-            raise TypeError(
-                f"only a berdiff_fast.UNet can be saved with its architecture, got {type(self.network).__name__}; "
-                "save that network's own state_dict instead"
-            )
+        shape = {name: getattr(self, name) for name in ("mask_channels", "img_channels", "spatial_dims")}
         config: dict[str, Any] = {
             "format": FORMAT,
             "draw_contract": DRAW_CONTRACT,
-            "network": {"type": "UNet", **self.network.config},
+            "network": described.to_config(self.network, self.own_network, **shape),
             "schedule": self.schedule.to_config(),
             "prediction": self.prediction,
             "spacing": self.spacing,
@@ -314,17 +314,14 @@ class BerDiff(nn.Module):
         return config
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> BerDiff:
-        """An untrained model as ``to_config`` described it."""
+    def from_config(cls, config: Mapping[str, Any], *, allow_imports: bool | Sequence[str] = False) -> BerDiff:
+        """An untrained model as ``to_config`` described it; for ``allow_imports`` see ``load``."""
         if config.get("format") != FORMAT:
             raise ValueError(f"model format {config.get('format')!r:.80} is unknown; this version reads {FORMAT}")
         for key in ("network", "schedule"):
             if not isinstance(config[key], Mapping):
                 raise ValueError(f"{key} must be an object, got {config[key]!r:.80}")
-        network = dict(config["network"])
-        kind = network.pop("type")
-        if kind != "UNet":
-            raise ValueError(f"network type must be 'UNet', got {kind!r:.80}")
+        network, own = described.rebuild(config["network"], allow_imports)
         preprocessing, prior = config.get("preprocessing"), config.get("mode_prior")
         if not isinstance(config["rescale_timesteps"], bool):
             raise ValueError(f"rescale_timesteps must be true or false, got {config['rescale_timesteps']!r:.80}")
@@ -333,7 +330,7 @@ class BerDiff(nn.Module):
         if not isinstance(prior, (Mapping, type(None))):
             raise ValueError(f"mode_prior must be an object or null, got {prior!r:.80}")
         return cls(
-            UNet(**network),
+            network,
             NoiseSchedule.from_config(config["schedule"]),
             config["prediction"],
             preprocessing=Preprocessing(**preprocessing) if preprocessing else None,
@@ -345,6 +342,7 @@ class BerDiff(nn.Module):
             mode_prior=None if prior is None else ModePrior(**prior),
             channels=config.get("channels"),
             regions=None if config.get("regions") is None else Regions(config["regions"]),
+            **own,
         )
 
     def save(self, path: str | os.PathLike[str], *, follow: bool = True) -> None:
@@ -358,11 +356,13 @@ class BerDiff(nn.Module):
             follow: where a file is a symbolic link, replace the file behind it. In a directory links are replaced.
 
         Raises:
-            TypeError: the network is not a ``UNet``.
+            TypeError: as ``to_config``.
             OSError: the place cannot be written.
         """
         config = self.to_config()
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights().items()}
+        if self.own_network is not None:  # which may share some: safetensors refuses that
+            weights = {name: tensor.clone() for name, tensor in weights.items()}
         data = safetensors.torch.save(weights, metadata={"berdiff_fast": digests.seal(config, weights)})
         path = Path(path)
         if path.suffix == ".safetensors":
@@ -375,8 +375,9 @@ class BerDiff(nn.Module):
 
 def fingerprint(model: BerDiff) -> str:
     """SHA-256 of a model's description and weights."""
+    network = model.network
     what: dict[str, Any] = {
-        "network": model.network.config if isinstance(model.network, UNet) else repr(model.network),
+        "network": model.own_network or (network.config if isinstance(network, UNet) else repr(network)),
         "schedule": model.schedule.to_config(),
         "prediction": model.prediction,
         "rescale_timesteps": model.rescale_timesteps,

@@ -63,7 +63,10 @@ CHANGED = {
 
 
 #: Settings that there were not when settings got their sections.
-LATER = {"scaling": "auto", "per_channel": "auto", "dims": "auto"}
+LATER = {
+    "scaling": "auto", "per_channel": "auto", "log_with": [], "project": "berdiff_fast", "network_class": "",
+    "network_arguments": "", "allow_imports": [], "dims": "auto",
+}  # fmt: skip
 
 
 def test_flat_names_and_defaults_are_what_they_were():
@@ -166,6 +169,7 @@ BAD_CONFIGS = {
     "prediction": ({"prediction": "v"}, "prediction must be"),
     "crop": ({"crop": 30}, "crop must be a multiple of 8"),
     "crop_steps": ({"crop_steps": 10}, "crop_steps needs crop"),
+    "project": ({"project": " "}, "records.project must be a name, got ' '"),
 }
 
 

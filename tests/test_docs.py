@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support import ENVIRONMENT, threads
+
+from berdiff_fast import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,28 +22,44 @@ PAGES = {
     "index.md": (),
     "tutorial.md": ("accelerate",),
     "scans.md": (),
-    "own_network.md": (),
+    "own_network.md": ("accelerate",),
     "kernels.md": (),
     "integrations.md": ("monai", "diffusers"),
 }
 
 
-def blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+def blocks(page: Path, language: str = "python") -> list[tuple[str, str]]:
+    """Language and text of what is in one of ``language``, names with | between them."""
+    return re.findall(rf"^```({language})\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
+def commands(block: str) -> list[list[str]]:
+    """The words after ``berdiff-fast`` of each line; a backslash goes on with the next."""
+    lines = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+    assert all(line[0] == "berdiff-fast" for line in lines if line), block
+    return [line[1:] for line in lines if line]
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_runs(page, tmp_path, monkeypatch):
-    """From top to bottom, in an empty folder, as a reader would try them."""
+    """From top to bottom, in an empty folder, as a reader would try them: Python, files that its first line names, and
+    commands."""
     for package in PAGES[page]:
         pytest.importorskip(package, reason=f"{package} is not installed")
-    found = blocks(ROOT / "docs" / page)
+    found = blocks(ROOT / "docs" / page, "python|sh")
     assert found
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     names: dict = {"__name__": "__main__"}
     with threads(1):
-        for number, block in enumerate(found, start=1):
-            exec(compile(block, f"{page}, block {number}", "exec"), names)
+        for number, (language, block) in enumerate(found, start=1):
+            if language == "sh":
+                for words in commands(block):
+                    assert cli.main(words) == 0, words
+            elif file := re.match(r"# (\w+\.py)\n", block):
+                Path(file[1]).write_text(block)
+            else:
+                exec(compile(block, f"{page}, block {number}", "exec"), names)
 
 
 def test_no_page_with_code_is_left_out():

@@ -17,6 +17,7 @@ Flag = FlagCreatePairsOff[bool]
 #: Paths, any number of them.
 Files = Annotated[tuple[str, ...], arg(metavar="FILE [FILE ...]", help_behavior_hint="")]
 Words = Annotated[tuple[str, ...], arg(metavar="WORD [WORD ...]", help_behavior_hint="")]
+Packages = Annotated[tuple[str, ...], arg(metavar="PACKAGE [PACKAGE ...]", help_behavior_hint="")]
 #: How many masks.
 Masks = Annotated[int, arg(aliases=("-n",))]
 

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from tyro.conf import arg
 
 from berdiff_fast.choices import Method, Spacing
-from berdiff_fast.cli.base import Command, Flag
+from berdiff_fast.cli.base import Command, Flag, Packages
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Evaluate(Command):
         batch: slices at a time
         table: format of the table
         save_masks: keep all masks in masks.h5
+        allow_imports: packages whose code a model may run, if its network is a class of somebody's own
         device: auto (a GPU if there is one) or cpu
         json: print the summary as JSON
     """
@@ -56,6 +57,7 @@ class Evaluate(Command):
     batch: int = 8
     table: Literal["csv", "parquet"] = "csv"
     save_masks: Flag = False
+    allow_imports: Packages = ()
     device: Literal["auto", "cpu"] = "auto"
     json: Flag = False
 
@@ -70,7 +72,7 @@ class Evaluate(Command):
         from berdiff_fast.training import evaluate
 
         state = PartialState(cpu=training.on_cpu(self.device))
-        model = load(self.model).to(state.device)
+        model = load(self.model, allow_imports=self.allow_imports).to(state.device)
         summary = evaluate.evaluate(
             model,
             RaterDataset(self.data, spatial_dims=model.spatial_dims),

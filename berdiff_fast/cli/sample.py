@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg, create_mutex_group
 
 from berdiff_fast import words
 from berdiff_fast.choices import Method, Spacing
-from berdiff_fast.cli.base import Command, Files, Flag, Masks
+from berdiff_fast.cli.base import Command, Files, Flag, Masks, Packages
 
 if TYPE_CHECKING:
     from berdiff_fast.scans.case import Request
@@ -69,6 +69,7 @@ class Sample(Command):
         anonymize: name no file in report.html and summary.json
         winograd: multiply less, which is faster on a CPU and about one decimal digit less accurate
         max_batch: masks per call of the network
+        allow_imports: packages whose code a model may run, if its network is a class of somebody's own
         device: auto, cpu, cuda, ...
         overwrite: replace earlier results
         quiet: no progress bar, no words but errors
@@ -97,6 +98,7 @@ class Sample(Command):
     anonymize: Flag = False
     winograd: Flag = False
     max_batch: Annotated[int | None, arg(metavar="MASKS")] = None
+    allow_imports: Packages = ()
     device: str = "auto"
     overwrite: Flag = False
     quiet: Flag = False
@@ -124,7 +126,7 @@ class Sample(Command):
             by_name = not self.modes[0].isdecimal()
             options["modes"] = self.modes[0] if by_name else [int(w) if w.isdecimal() else w for w in self.modes]
         request = Request(
-            load(self.model).to(device),
+            load(self.model, allow_imports=self.allow_imports).to(device),
             self.model,
             self.n,
             self.steps,

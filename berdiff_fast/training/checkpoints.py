@@ -32,6 +32,7 @@ _NAME = re.compile(r"step-(\d+)\.safetensors")
 #: learnt but its rounding, and its length.
 _FREE = {"output", "train_data", "val_data", "in_memory", "workers", "device", "compile", "channels_last", "steps"}
 _FREE |= {"log_every", "checkpoint_every", "keep", "tensorboard", "quiet", "data_on_device", "accumulation"}
+_FREE |= {"log_with", "project", "allow_imports"}
 _FREE |= {f"validation_{k}" for k in ("slices", "samples", "steps", "method")} | {"validate_every", "spacing"}
 
 

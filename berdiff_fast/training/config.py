@@ -158,6 +158,8 @@ def _check(config: TrainConfig) -> None:
             "optimiser.batch_size must be a multiple of accumulation, got "
             f"{optimiser.batch_size} and {optimiser.accumulation}"
         )
+    if not config.records.project.strip():
+        raise ValueError(f"records.project must be a name, got {config.records.project!r}")
     window = config.data.window
     if len(window) % 2:
         raise ValueError(f"data.window must be LOW HIGH, that of each channel, or nothing, got {list(window)}")

@@ -291,7 +291,7 @@ def _fingerprint(model: BerDiff) -> str:
     digest = hashlib.sha256()
     for key, tensor in sorted(model.weights().items()):
         digest.update(key.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

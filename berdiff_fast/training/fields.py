@@ -7,16 +7,21 @@ import dataclasses
 import difflib
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 
 class Section:
     """A part of a config: a frozen dataclass whose values are of the types it declares.
 
+    Attributes:
+        ALSO: other names of settings, in files and in Python's mappings; "" is the section itself, given as a word.
+
     Raises:
         TypeError: a value of another type; the message names it as ``section.setting``.
         ValueError: a value that is none of the choices.
     """
+
+    ALSO: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         section = type(self).__name__.lower()
@@ -78,7 +83,7 @@ def arrange(owner: Any, flat: Mapping[str, str], values: Mapping[str, Any]) -> d
 
     def put(place: str, value: Any) -> None:
         section, _, setting = place.partition(".")
-        known = types(kinds[section])
+        known, setting = types(kinds[section]), kinds[section].ALSO.get(setting, setting)
         if setting not in known:
             raise _unknown(f"{section}.{setting}", [f"{section}.{name}" for name in known])
         given.setdefault(section, {})[setting] = value
@@ -98,6 +103,8 @@ def arrange(owner: Any, flat: Mapping[str, str], values: Mapping[str, Any]) -> d
         elif isinstance(value, Mapping):
             for name, inner in value.items():
                 put(f"{key}.{name}", inner)
+        elif isinstance(value, str) and "" in kinds[key].ALSO:
+            put(f"{key}.", value)
         elif value is not None:  # a heading of a YAML file with nothing under it
             raise TypeError(f"{key} must be a section of settings, got {value!r:.200}")
     for name, kind in kinds.items():
@@ -115,7 +122,8 @@ def _unknown(key: str, known: Sequence[str]) -> ValueError:
 
 
 def coerce(name: str, value: Any, kind: Any) -> Any:
-    """A value as one of ``kind``: bool, int, float, str, a choice (``Literal``) or a tuple of one of these.
+    """A value as one of ``kind``: bool, int, float, str, a choice (``Literal``) or a tuple of one of these. One word is
+    a tuple of words, too.
 
     Raises:
         TypeError: a value of another type.
@@ -153,6 +161,9 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, str):
             raise TypeError(f"{name} must be a string, got {value!r:.200}")
         return value
+    inner = get_args(kind)[0]
+    if isinstance(value, str) and (inner is str or get_origin(inner) is Literal):
+        value = (value,)
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"{name} must be a list, got {value!r:.200}")
-    return tuple(coerce(name, part, get_args(kind)[0]) for part in value)
+    return tuple(coerce(name, part, inner) for part in value)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 #: Folders inside, which others fill by their names.
-_FOLDERS = ("checkpoints", "previews", "tensorboard")
+_FOLDERS = ("checkpoints", "previews", "tensorboard", "wandb", "dvclive", "swanlab", ".aim")
 
 
 @contextmanager

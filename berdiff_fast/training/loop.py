@@ -18,7 +18,7 @@ from berdiff_fast import ops, rng
 from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.files import write_text
 from berdiff_fast.model import BerDiff
-from berdiff_fast.training import checkpoints, feed, setup
+from berdiff_fast.training import checkpoints, feed, setup, trackers
 from berdiff_fast.training.config import TrainConfig
 from berdiff_fast.training.folder import run_folder
 from berdiff_fast.training.precision import fast_arithmetic
@@ -32,7 +32,8 @@ def train(config: TrainConfig) -> Path:
     """Train a model, or go on with the run in ``config.output``.
 
     The folder then holds ``model.safetensors`` (averaged weights, for ``bf.load``), ``best.safetensors`` (those with
-    the lowest validation GED), ``checkpoints/``, ``config.yaml``, ``log.jsonl``, TensorBoard's files and ``previews/``.
+    the lowest validation GED), ``checkpoints/``, ``config.yaml``, ``log.jsonl``, ``previews/``, and what trackers
+    keep there (TensorBoard's files).
 
     Returns:
         The path of ``model.safetensors``; of the newest checkpoint if the run was stopped by SIGTERM.
@@ -45,7 +46,9 @@ def train(config: TrainConfig) -> Path:
     if not config.output or not config.data.train:
         raise ValueError(f"{'output' if not config.output else 'data.train (--train-data)'} must be given, got ''")
     setup.check(config)
+    trackers.check(config)
     slices, held_out = setup.read_data(config)
+    setup.check_network(config, slices)
     accelerator = setup.accelerator(config)
     with run_folder(Path(config.output), accelerator):
         return _train(config, slices, held_out, accelerator)
@@ -60,9 +63,6 @@ def _train(config: TrainConfig, slices: RaterDataset, held_out: RaterDataset | N
     model = setup.initial_model(config, slices, accelerator.device)
     state = RunState(config, model, accelerator.scaler)
     checkpoints.resume(folder, config, state)
-    if main:
-        checkpoints.prepare(folder)
-        write_text(output / "config.yaml", config.to_yaml(), follow=False)
 
     # ------------------------------------------------------------ batches, and modules that share work among processes
     batches = feed.batches(setup.training_examples(config, slices, model), config, state.step, accelerator)
@@ -77,6 +77,9 @@ def _train(config: TrainConfig, slices: RaterDataset, held_out: RaterDataset | N
         Records(output, config, state.step, enabled=main) as records,
         stop_signal() as stop,
     ):
+        if main:
+            checkpoints.prepare(folder)
+            write_text(output / "config.yaml", config.to_yaml(), follow=False)
         while state.step < last:
             step, learn_prior = state.step, state.step < config.prior_last
 

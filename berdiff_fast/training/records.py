@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run shows and writes down: progress bar, ``log.jsonl``, TensorBoard, preview pictures."""
+"""What a training run shows and writes down: progress bar, ``log.jsonl``, preview pictures, trackers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
 
 from berdiff_fast.files import append_text, own_folder, remove_link, write_text
+from berdiff_fast.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,31 +25,21 @@ class Records:
     """The main process's; elsewhere it takes part in the reductions and writes nothing.
 
     A run that resumes after step ``first`` forgets what was noted of later steps.
+
+    Raises:
+        ValueError: a tracker cannot be started; nothing has been written by then.
     """
 
     def __init__(self, output: Path, config: TrainConfig, first: int, *, enabled: bool) -> None:
         self.output, self.config, self.enabled = output, config, enabled
         self._log = output / "log.jsonl"
-        self._board: Any = None
         self._sum: torch.Tensor | None = None
         self._since, self._count = time.monotonic(), 0
         if not enabled:
             return
-        kept = []
-        if self._log.is_file():
-            for line in self._log.read_text(errors="replace").splitlines():
-                try:
-                    kept += [line] if json.loads(line)["step"] <= first else []
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    break  # the line that a killed process was writing
+        kept, told = self._former(first)
+        self._trackers = Trackers(output, config, first, told)
         write_text(self._log, "".join(line + "\n" for line in kept), follow=False)
-        if config.records.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                pass
-            else:
-                self._board = SummaryWriter(output / "tensorboard", purge_step=first + 1)
         self._bar = tqdm(
             total=config.optimiser.steps,
             initial=first,
@@ -64,8 +55,23 @@ class Records:
     def __exit__(self, *_: object) -> None:
         if self.enabled:
             self._bar.close()
-            if self._board is not None:
-                self._board.close()
+            self._trackers.finish()
+
+    def _former(self, first: int) -> tuple[list[str], set[tuple[int, bool]]]:
+        """Lines of a former process that stay, and what trackers were told of the steps after: which step, and whether
+        it was a validation."""
+        kept: list[str] = []
+        told: set[tuple[int, bool]] = set()
+        for line in self._log.read_text(errors="replace").splitlines() if self._log.is_file() else ():
+            try:
+                noted = json.loads(line)
+                if noted["step"] <= first:
+                    kept.append(line)
+                else:
+                    told.add((noted["step"], "loss" not in noted))
+            except (ValueError, KeyError, TypeError, RecursionError):
+                break  # the line that a killed process was writing
+        return kept, told
 
     def say(self, text: str) -> None:
         """A line for the user."""
@@ -121,7 +127,7 @@ class Records:
             step, numbers: when, and what came out.
             preview: images (B, H, W), raters' masks (B, R, H, W) and samples (B, n, H, W) to be drawn.
         """
-        self._write(step, {f"validation_{k}": v for k, v in numbers.items()})
+        self._write(step, {f"validation_{k}": v for k, v in numbers.items()}, validation=True)
         self.say(f"step {step}: validation " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
         self._since = time.monotonic()  # the time that validation took is not training's
         if preview is None:
@@ -142,11 +148,10 @@ class Records:
             raters=raters,
             title=f"Validation after step {step}",
         )
+        self._trackers.picture(step, path)
 
-    def _write(self, step: int, numbers: dict[str, float]) -> None:
+    def _write(self, step: int, numbers: dict[str, float], *, validation: bool = False) -> None:
         if not self.enabled:
             return
         append_text(self._log, json.dumps({"step": step, **{k: round(v, 6) for k, v in numbers.items()}}) + "\n")
-        if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name.replace("validation_", "validation/"), value, step)
+        self._trackers.numbers(step, numbers, validation=validation)

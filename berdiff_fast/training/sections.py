@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from berdiff_fast.choices import Method, Prediction, Schedule, Spacing
+from berdiff_fast.choices import Method, Prediction, Schedule, Spacing, Tracker
 from berdiff_fast.training.fields import Section, flat_names
 
 
@@ -39,7 +41,7 @@ class Data(Section):
 
 @dataclass(frozen=True)
 class Network(Section):
-    """The denoiser: the published U-Net, and where in the image it looks.
+    """The denoiser: the published U-Net or a class of your own, and where in the image it looks.
 
     Args:
         model_channels: width of the first level, a multiple of norm_groups
@@ -56,7 +58,13 @@ class Network(Section):
         context: with output_crop: show the surroundings too, at half the resolution
         distance: show each pixel's distance from the middle
         initial_weights: model to start from, of the same architecture: a file, directory or bundled name
+        class_path: package.Class of a network of your own, called as network(y_t, t, img), instead of the U-Net, whose
+            settings then count for nothing (docs/own_network.md); none: the U-Net
+        arguments: that class's keyword arguments, as JSON: {"width": 32}
+        allow_imports: packages that initial_weights may import its network from, beside that of class_path
     """
+
+    ALSO: ClassVar = {"": "class_path", "class": "class_path"}
 
     model_channels: int = 32
     channel_mult: tuple[int, ...] = (1, 1, 2, 3)
@@ -72,6 +80,25 @@ class Network(Section):
     context: bool = False
     distance: bool = False
     initial_weights: str = ""
+    class_path: str = ""
+    arguments: str = ""
+    allow_imports: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.arguments, Mapping):  # as YAML and Python have them
+            object.__setattr__(self, "arguments", _json(dict(self.arguments)))
+        super().__post_init__()
+        if self.arguments:
+            try:
+                given = json.loads(self.arguments)
+            except ValueError as error:
+                raise ValueError(f"network.arguments must be JSON, got {self.arguments!r:.200} ({error})") from None
+            if not isinstance(given, dict):
+                raise TypeError(f"network.arguments must be a JSON object, got {self.arguments!r:.200}")
+            # Equal arguments are one text.
+            object.__setattr__(self, "arguments", _json(given))
+            if not self.class_path:
+                raise ValueError(f"network.arguments needs a class_path, which is empty; got {self.arguments:.200}")
 
     @property
     def spatial_dims(self) -> int | None:
@@ -80,8 +107,17 @@ class Network(Section):
 
     @property
     def halvings(self) -> int:
-        """What the sides of its input must be multiples of."""
+        """What the sides of its input must be multiples of, as far as the config tells."""
+        if self.class_path:
+            return 1
         return self.patch_size * 2 ** (len(self.channel_mult) - 1)
+
+
+def _json(values: dict[str, Any]) -> str:
+    try:
+        return json.dumps(values, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"network.arguments must be what JSON can hold, got {values!r:.200} ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -243,12 +279,16 @@ class Records(Section):
         checkpoint_every: steps between checkpoints
         keep: checkpoints to keep, the newest ones
         tensorboard: write TensorBoard files, where it is installed
+        log_with: trackers of Accelerate that follow the run, one or several
+        project: the project or experiment that trackers list the run under
     """
 
     log_every: int = 50
     checkpoint_every: int = 500
     keep: int = 2
     tensorboard: bool = True
+    log_with: tuple[Tracker, ...] = ()
+    project: str = "berdiff_fast"
 
 
 @dataclass(frozen=True)
@@ -298,5 +338,7 @@ FLAT = flat_names(
         "mode_prior": "prior.enabled",
         "mode_edges": "prior.edges",
         "validate_every": "validation.every",
+        "network_class": "network.class_path",
+        "network_arguments": "network.arguments",
     },
 )

@@ -24,7 +24,7 @@ from berdiff_fast.network.window import Window
 from berdiff_fast.preprocessing import Preprocessing, warn_of_ranges
 from berdiff_fast.regions import Regions
 from berdiff_fast.schedule import NoiseSchedule
-from berdiff_fast.training import on_cpu
+from berdiff_fast.training import on_cpu, own_network
 from berdiff_fast.training.config import TrainConfig
 
 logger = logging.getLogger("berdiff_fast")
@@ -69,21 +69,15 @@ def build_model(
     """
     c = config.network
     view = Window(c.output_crop, c.context, c.distance)
-    with torch.device("meta" if meta else "cpu"):
-        network = UNet(
-            in_channels=mask_channels,
-            img_channels=view.channels(img_channels),
-            model_channels=c.model_channels,
-            channel_mult=list(c.channel_mult),
-            num_res_blocks=c.num_res_blocks,
-            attention_resolutions=list(c.attention_resolutions),
-            num_heads=c.num_heads,
-            dropout=c.dropout,
-            use_scale_shift_norm=c.use_scale_shift_norm,
-            norm_groups=c.norm_groups,
-            patch_size=c.patch_size,
-            dims=spatial_dims,
-            num_classes=len(config.prior.edges) + 2 if config.prior.enabled else 0,
+    own: dict[str, Any] = {}
+    if c.class_path:
+        own = dict(network_arguments=own_network.arguments(c), mask_channels=mask_channels, img_channels=img_channels)
+    # A class of one's own may need numbers to be made.
+    with torch.device("meta" if meta and not own else "cpu"):
+        network = (
+            own_network.build(c)
+            if own
+            else _build_unet(config, mask_channels, view.channels(img_channels), spatial_dims)
         )
         prior = _build_prior(config, img_channels) if config.prior.enabled else None
     return BerDiff(
@@ -98,6 +92,26 @@ def build_model(
         mode_prior=prior,
         channels=channels,
         regions=regions,
+        **own,
+    )
+
+
+def _build_unet(config: TrainConfig, mask_channels: int, img_channels: int, dims: int) -> UNet:
+    c = config.network
+    return UNet(
+        in_channels=mask_channels,
+        img_channels=img_channels,
+        model_channels=c.model_channels,
+        channel_mult=list(c.channel_mult),
+        num_res_blocks=c.num_res_blocks,
+        attention_resolutions=list(c.attention_resolutions),
+        num_heads=c.num_heads,
+        dropout=c.dropout,
+        use_scale_shift_norm=c.use_scale_shift_norm,
+        norm_groups=c.norm_groups,
+        patch_size=c.patch_size,
+        dims=dims,
+        num_classes=len(config.prior.edges) + 2 if config.prior.enabled else 0,
     )
 
 
@@ -195,6 +209,17 @@ def read_data(config: TrainConfig) -> tuple[RaterDataset, RaterDataset | None]:
     return slices, held_out
 
 
+def check_network(config: TrainConfig, slices: RaterDataset) -> None:
+    """Try a network of the user's own, if there is one, on what the run will show it.
+
+    Raises:
+        ValueError: see ``own_network.check``.
+    """
+    if config.network.class_path:
+        model = build_model(config, slices.mask_channels, slices.img_channels)
+        own_network.check(model, config.network.class_path, slices, config.augmentation.crop)
+
+
 def _check_data(config: TrainConfig, slices: RaterDataset, held_out: RaterDataset | None) -> None:
     factor = 1 if config.network.output_crop else config.network.halvings
     crop = config.augmentation.crop
@@ -271,7 +296,7 @@ def initial_model(config: TrainConfig, slices: RaterDataset, device: torch.devic
         regions=slices.regions,
     )
     if config.network.initial_weights:
-        _start_from(config.network.initial_weights, model)
+        _start_from(config, model)
     model.to(device)
     if config.optimiser.channels_last:
         last = torch.channels_last if model.spatial_dims == 2 else torch.channels_last_3d
@@ -279,8 +304,11 @@ def initial_model(config: TrainConfig, slices: RaterDataset, device: torch.devic
     return model
 
 
-def _start_from(name_or_path: str, model: BerDiff) -> None:
-    former = load(name_or_path)
+def _start_from(config: TrainConfig, model: BerDiff) -> None:
+    name_or_path, allowed = config.network.initial_weights, config.network.allow_imports
+    if model.own_network is not None:  # which has been imported by now
+        allowed = (*allowed, model.own_network["type"])
+    former = load(name_or_path, allow_imports=allowed)
     if former.prediction != model.prediction:
         raise ValueError(
             f"network.initial_weights: {name_or_path} predicts {former.prediction}, the config {model.prediction}"
