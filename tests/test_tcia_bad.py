@@ -321,6 +321,13 @@ def test_the_command(tmp_path):
     for options, words in (
         (["--window", "-1000", "400"], "window is for trees of pictures, and this is one of CT scans (tcia)"),
         (["--channels", "t1"], "channels is for trees of volumes"),
+        (["--missing-mask", "empty"], "missing_mask is for trees of volumes"),
+        (["--empty-share", "0.2"], "empty_share is for trees of volumes"),
+        (["--plane", "coronal"], "plane is for trees of volumes"),
+        (["--other-labels", "background"], "other_labels is for trees of volumes"),
+        (["--foreground", "true"], "foreground is for trees of volumes"),
+        (["--depth", "16"], "depth is for trees of volumes"),
+        (["--colour"], "colour is for trees of pictures"),
         (["--rater-count", "4"], "rater_count is for trees of pictures"),
         (["--pixel-spacing", "0.7", "0.7", "0.7"], "pixel_spacing must be one or two numbers"),
         (["--layout", "slices", "--pixel-spacing", "0.7"], "pixel_spacing is for trees of CT scans (tcia)"),

@@ -16,6 +16,8 @@ _FIT = create_mutex_group(required=False, title="slices of another size")
 #: Options that are for pictures alone, and for volumes alone.
 _PICTURES = ("resize", "crop", "rater_count", "threshold", "window", "patient_pattern")
 _VOLUMES = ("channels", "regions", "context", "volumes", "image_pattern", "mask_pattern")
+#: Which slices of volumes are taken, and how.
+_SLICES = ("other_labels", "empty_share", "plane", "foreground")
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,8 @@ class Import(Command):
         from berdiff_fast.data import importers
 
         self._refuse(_PICTURES, "pictures", "CT scans (tcia)")
-        self._refuse(_VOLUMES, "volumes", "CT scans (tcia)")
+        self._refuse((*_VOLUMES, *_SLICES, "missing_mask", "depth"), "volumes", "CT scans (tcia)")
+        self._refuse(("colour",), "pictures", "CT scans (tcia)")
         options: dict[str, Any] = {} if self.size is None else {"size": self.size}
         return importers.import_tcia(
             self.source,
@@ -217,13 +220,13 @@ class Import(Command):
 
     def _refuse(self, names: tuple[str, ...], theirs: str, ours: str) -> None:
         for name in names:
-            if getattr(self, name) not in (None, False, ()):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(f"{name} is for trees of {theirs}, and this is one of {ours}")
 
     def _import_tree(self) -> Any:
         from berdiff_fast.data import importers
 
-        self._refuse(_VOLUMES, "volumes", "pictures")
+        self._refuse((*_VOLUMES, *_SLICES), "volumes", "pictures")
         self._refuse(("pixel_spacing",), "CT scans (tcia)", "pictures")
         options: dict[str, Any] = {} if self.patient_pattern is None else {"patient_pattern": self.patient_pattern}
         return importers.import_tree(
