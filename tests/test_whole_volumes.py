@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from import_trees import pictures, slices_tree
 from small_runs import command, network_inputs, trained
 from test_context import scan
 from test_importers_volumes import ALL, brats
@@ -331,15 +332,17 @@ def test_import_of_whole_volumes(tmp_path):
 
 
 def test_import_around_what_is_not_0(tmp_path):
-    report = import_volumes(brats(tmp_path / "t"), tmp_path / "o", "brats", whole_volumes=True, **ALL)
+    options = dict(whole_volumes=True, regions="WT=1,2,4 ET=4", **ALL)
+    report = import_volumes(brats(tmp_path / "t"), tmp_path / "o", "brats", **options)
     data = RaterDataset(tmp_path / "o" / "train.h5")
     assert report.size == (10, 32, 32) and data.img_channels == 4 and data.foreground
     made = trained(tmp_path / "run", tmp_path / "o" / "train.h5", steps=1)
-    assert made.preprocessing.foreground and made.regions.names == ("WT",)
+    assert made.preprocessing.foreground and made.regions.names == ("WT", "ET")
     case = tmp_path / "t" / "BraTS2021_00001"
     scans = [volumes.read(case / f"{case.name}_{name}.nii.gz") for name in made.channels]
     drawn = bf.sample_volume(made, scans, n=2, steps=1, seed=0)
-    assert drawn.masks.shape == (2, 10, 40, 36) and drawn.plan["whole_volume"]["size"] == [10, 32, 32]
+    assert bool((drawn["ET"].masks <= drawn["WT"].masks).all()) and drawn["ET"].masks.shape == (2, 10, 40, 36)
+    assert drawn.plan["whole_volume"]["size"] == [10, 32, 32]
 
 
 @pytest.fixture(scope="module")
@@ -447,8 +450,6 @@ def test_bad_imports(scans_run, tmp_path, words, message):
 
 
 def test_pictures_are_no_volumes(tmp_path):
-    from import_trees import pictures, slices_tree
-
     slices_tree(tmp_path / "t", pictures())
     for words in (["--volumes"], ["--size", "3", "8", "8"]):
         status, said = command("import", tmp_path / "t", tmp_path / "o", *words)
