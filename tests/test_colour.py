@@ -396,6 +396,13 @@ def test_what_pictures_show():
     assert colours.luminance(np.full((3, 2, 2), 65535, np.uint16)).tolist() == [[65535, 65535]] * 2
 
 
+def test_a_fingerprint_is_of_the_colours():
+    """Also of pictures that are equally bright."""
+    grey, rgb = np.zeros((1, 4, 4), np.uint8), np.zeros((3, 1, 4, 4), np.uint8)
+    plain = volumes.Volume(grey).fingerprint()
+    assert len({plain, *(volumes.Volume(grey, colour=rgb + k).fingerprint() for k in (0, 1))}) == 3
+
+
 def test_the_file_says_what_it_holds(tree, out):  # noqa: F811
     slices_tree(tree, in_colour(pictures(1, 1)))
     import_tree(tree, out, colour=True, **ALL_IN_TRAIN)

@@ -20,7 +20,8 @@ import berdiff_fast as bf
 from berdiff_fast import channels
 from berdiff_fast.data.hdf5 import RaterDataset
 from berdiff_fast.data.importers import import_volumes
-from berdiff_fast.imaging import volumes
+from berdiff_fast.imaging import figures, volumes
+from berdiff_fast.training import evaluate
 
 ODD = (7, 27, 39)
 
@@ -219,6 +220,22 @@ def test_the_commands(run, tmp_path):
     assert command("evaluate", "--model", made, "--data", run / "o" / "val.h5", *options)[0] == 0
     summary = json.loads((tmp_path / "e" / "summary.json").read_text())
     assert summary["data"]["channels"] == ["image[-1]", "image[0]", "image[+1]"]
+
+
+def test_pictures_show_the_slice_between_its_neighbours(run, tmp_path, monkeypatch):
+    """Of an evaluation and of a validation."""
+    drawn = {}
+    monkeypatch.setattr(
+        figures, "contact_sheet", lambda path, image, *_, **more: drawn.update({path.name: (image, more)})
+    )
+    made, data = bf.load(run / "run" / "model.safetensors"), RaterDataset(run / "o" / "val.h5")
+    between = torch.from_numpy(data.whole()[0])[:, 1]
+    evaluate.evaluate(made, data, tmp_path / "e", n=1, steps=1, progress=False)
+    images, more = drawn["cases.png"]
+    indices = [int(label.partition("slice ")[2].partition(",")[0]) for label in more["labels"]]
+    assert torch.equal(images, between[indices])
+    trained(tmp_path / "run", run / "o" / "train.h5", run / "o" / "val.h5", rotate90=False)
+    assert torch.equal(drawn["step-00000002.png"][0], between[evaluate.spread(len(data), 2)])
 
 
 def test_a_slice_by_itself_is_its_neighbours_in_order(run):

@@ -14,6 +14,7 @@ from test_importers_volumes import brats
 from test_importers_volumes import save as save_volume
 
 import berdiff_fast as bf
+from berdiff_fast.data import pixels
 from berdiff_fast.data.batches import Batches
 from berdiff_fast.data.examples import Augmentation, TrainingExamples
 from berdiff_fast.data.hdf5 import RaterDataset
@@ -80,8 +81,6 @@ def test_resized_images_are_whole_numbers_again(tree, out):  # noqa: F811
     made = deep_tree(tree, np.int16, -1000, 400)
     import_tree(tree, out, depth=16, size=(8, 8), fit="resize", **ALL_IN_TRAIN)
     (image, _), ((source, _), *_) = next(iter(by_path(out).values())), made.values()
-    from berdiff_fast.data import pixels
-
     assert image.dtype == np.int16 and np.array_equal(image, np.rint(pixels.resize(source, (8, 8))))
 
 

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from import_trees import pictures, slices_tree
 from small_runs import command, network_inputs, trained
 from test_context import scan
 from test_importers_volumes import ALL, brats
@@ -331,15 +332,17 @@ def test_import_of_whole_volumes(tmp_path):
 
 
 def test_import_around_what_is_not_0(tmp_path):
-    report = import_volumes(brats(tmp_path / "t"), tmp_path / "o", "brats", whole_volumes=True, **ALL)
+    options = dict(whole_volumes=True, regions="WT=1,2,4 ET=4", **ALL)
+    report = import_volumes(brats(tmp_path / "t"), tmp_path / "o", "brats", **options)
     data = RaterDataset(tmp_path / "o" / "train.h5")
     assert report.size == (10, 32, 32) and data.img_channels == 4 and data.foreground
     made = trained(tmp_path / "run", tmp_path / "o" / "train.h5", steps=1)
-    assert made.preprocessing.foreground and made.regions.names == ("WT",)
+    assert made.preprocessing.foreground and made.regions.names == ("WT", "ET")
     case = tmp_path / "t" / "BraTS2021_00001"
     scans = [volumes.read(case / f"{case.name}_{name}.nii.gz") for name in made.channels]
     drawn = bf.sample_volume(made, scans, n=2, steps=1, seed=0)
-    assert drawn.masks.shape == (2, 10, 40, 36) and drawn.plan["whole_volume"]["size"] == [10, 32, 32]
+    assert bool((drawn["ET"].masks <= drawn["WT"].masks).all()) and drawn["ET"].masks.shape == (2, 10, 40, 36)
+    assert drawn.plan["whole_volume"]["size"] == [10, 32, 32]
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +352,11 @@ def scans_run(tmp_path_factory):
     for i in range(6):
         scan(folder / "t" / f"case{i:02d}", i, padding=i == 0)
     import_volumes(folder / "t", folder / "o", "qubiq", whole_volumes=True, split=(60, 40, 0))
-    trained(folder / "run", folder / "o" / "train.h5", folder / "o" / "val.h5", rotate90=False)
+    made = trained(folder / "run", folder / "o" / "train.h5", folder / "o" / "val.h5", rotate90=False)
+    torch.manual_seed(0)
+    with torch.no_grad():  # masks that are neither empty nor full
+        made.network.out[-1].weight.normal_(0, 0.3)
+    made.save(folder / "run" / "model.safetensors")
     return folder
 
 
@@ -379,9 +386,21 @@ def test_masks_of_a_scan_are_on_its_grid(scans_run, tmp_path):
     assert np.array_equal(mask.array > 0, drawn.mask(2))
     img, _ = network_inputs(loaded, volume)
     alone = bf.sample(loaded, img, n=3, steps=2, seed=4)[0, :, 0].numpy()
-    assert np.array_equal(drawn.masks, alone[:, :, 3:30, 5:44]) and (tmp_path / "s" / "report.html").is_file()
+    assert 0.01 < drawn.masks.mean() < 0.99 and np.array_equal(drawn.masks, alone[:, :, 3:30, 5:44])
+    assert (tmp_path / "s" / "report.html").is_file()
     summary = json.loads((tmp_path / "s" / "summary.json").read_text())
     assert summary["sampled"]["whole_scan"] and summary["raters"]["voxels_not_compared"] == 0
+
+
+def test_masks_of_a_shallow_scan(scans_run, tmp_path):
+    """Which is filled up with a slice on either side: its masks are those of the slices between."""
+    scan(tmp_path / "shallow", 0, shape=(5, 27, 39))
+    made = bf.load(scans_run / "run" / "model.safetensors")
+    volume = volumes.read(tmp_path / "shallow" / "image.nii.gz")
+    img, _ = network_inputs(made, volume)
+    drawn, alone = bf.sample_volume(made, volume, n=2, steps=2, seed=4), bf.sample(made, img, n=2, steps=2, seed=4)
+    assert drawn.plan["whole_volume"]["starts"] == [-1, -3, -5] and img.shape[2:] == (7, 32, 48)
+    assert drawn.masks.any() and np.array_equal(drawn.masks, alone[0, :, 0, 1:6, 3:30, 5:44].numpy())
 
 
 def test_another_plane_and_going_on(scans_run, tmp_path):
@@ -447,8 +466,6 @@ def test_bad_imports(scans_run, tmp_path, words, message):
 
 
 def test_pictures_are_no_volumes(tmp_path):
-    from import_trees import pictures, slices_tree
-
     slices_tree(tmp_path / "t", pictures())
     for words in (["--volumes"], ["--size", "3", "8", "8"]):
         status, said = command("import", tmp_path / "t", tmp_path / "o", *words)

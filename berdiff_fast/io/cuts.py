@@ -27,9 +27,11 @@ def foreground(arrays: Iterable[np.ndarray], axis: int) -> Box | None:
     return (slices[0], slices[1] + 1), (rows[0], rows[1] + 1), (columns[0], columns[1] + 1)
 
 
-def around(low: int, high: int, size: int) -> int:
-    """Where a cut of ``size`` begins that has the middle of [low, high) in its own."""
-    return round((low + high) / 2 - size / 2)
+def starts(shape: Sequence[int], size: Sequence[int], box: Sequence[tuple[int, int]] | None = None) -> list[int]:
+    """Where a cut of ``size`` begins along each dimension: around the middle of a ``box``, else out of the middle."""
+    if box is None:
+        return [(length - n) // 2 for length, n in zip(shape, size, strict=True)]
+    return [round((low + high) / 2 - n / 2) for (low, high), n in zip(box, size, strict=True)]
 
 
 def tissue(array: np.ndarray, outside: np.ndarray | None) -> np.ndarray:
@@ -42,22 +44,22 @@ def tissue(array: np.ndarray, outside: np.ndarray | None) -> np.ndarray:
 
 def cut(
     x: np.ndarray,
-    starts: Sequence[int],
+    begin: Sequence[int],
     size: Sequence[int],
     outside: np.ndarray | None = None,
     beyond: float | None = None,
 ) -> np.ndarray:
-    """The part of ``x`` that begins at ``starts`` and has ``size``.
+    """The part of ``x`` that begins at ``begin`` and has ``size``.
 
     Args:
         x: as ``tissue`` makes it.
-        starts, size: for each dimension; a start may be negative, and an end lie beyond ``x``.
+        begin, size: for each dimension; a begin may be negative, and an end lie beyond ``x``.
         outside: bool of the shape of ``x``: what is outside the scan, and gets the lowest value of the part's rest, so
             that it has no share in the part's minimum.
         beyond: the value beyond ``x``; by default its lowest one.
     """
     found = np.full(tuple(size), x.min() if beyond is None else beyond, x.dtype)
-    here, there = _overlap(starts, size, x.shape)
+    here, there = _overlap(begin, size, x.shape)
     part = x[there].copy()
     if outside is not None:
         out = outside[there]
@@ -67,11 +69,11 @@ def cut(
     return found
 
 
-def cut_masks(masks: np.ndarray, starts: Sequence[int], size: Sequence[int]) -> np.ndarray:
+def cut_masks(masks: np.ndarray, begin: Sequence[int], size: Sequence[int]) -> np.ndarray:
     """The same part of masks (..., *shape), which mark nothing beyond."""
     dims = len(size)
     found = np.zeros((*masks.shape[:-dims], *size), masks.dtype)
-    here, there = _overlap(starts, size, masks.shape[-dims:])
+    here, there = _overlap(begin, size, masks.shape[-dims:])
     into: tuple[Any, ...] = (Ellipsis, *here)
     out_of: tuple[Any, ...] = (Ellipsis, *there)
     found[into] = masks[out_of]
@@ -79,11 +81,11 @@ def cut_masks(masks: np.ndarray, starts: Sequence[int], size: Sequence[int]) -> 
 
 
 def _overlap(
-    starts: Sequence[int], size: Sequence[int], shape: Sequence[int]
+    begin: Sequence[int], size: Sequence[int], shape: Sequence[int]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     """What a cut and an array have in common, as indices of the one and of the other."""
     here, there = [], []
-    for start, length, n in zip(starts, size, shape, strict=True):
+    for start, length, n in zip(begin, size, shape, strict=True):
         first, last = max(start, 0), max(min(start + length, n), 0)
         last = max(first, last)
         here.append(slice(first - start, last - start))

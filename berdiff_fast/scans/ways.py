@@ -130,17 +130,12 @@ class WholeVolume:
                     f"volume must have voxels of {wanted} mm (slice, row, column), got {told}; resample it"
                 )
         shape = np.moveaxis(volume.array, axis, 0).shape
-        box = study.box(axis) if preprocessing.foreground else [(0, n) for n in shape]
+        box = study.box(axis) if preprocessing.foreground else None
+        sides = shape if box is None else [high - low for low, high in box]
         least = preprocessing.size or (1, 1, 1)
         factors = (1, model.size_multiple, model.size_multiple)
-        size = tuple(
-            -(-max(high - low, n) // factor) * factor
-            for (low, high), n, factor in zip(box, least, factors, strict=True)
-        )
-        if preprocessing.foreground:
-            starts = tuple(cuts.around(low, high, n) for (low, high), n in zip(box, size, strict=True))
-        else:
-            starts = tuple((length - n) // 2 for length, n in zip(shape, size, strict=True))
+        size = tuple(-(-max(side, n) // factor) * factor for side, n, factor in zip(sides, least, factors, strict=True))
+        starts = tuple(cuts.starts(shape, size, box))
         slices = max(starts[0], 0), min(starts[0] + size[0], shape[0])
         return cls(model, study, axis, slices, size, starts)
 

@@ -96,9 +96,7 @@ class Cutting:
     def _starts(self, read: CaseRead) -> list[int]:
         """Of each dimension of a cut: where it begins."""
         dims = len(self.size)
-        if self.foreground:
-            return [cuts.around(low, high, n) for (low, high), n in zip(read.box[-dims:], self.size, strict=True)]
-        return [(length - n) // 2 for length, n in zip(read.shape[-dims:], self.size, strict=True)]
+        return cuts.starts(read.shape[-dims:], self.size, read.box[-dims:] if self.foreground else None)
 
     def _image(self, read: CaseRead, indices: Sequence[Any], starts: list[int]) -> np.ndarray:
         """(channels, *size): of each volume its slices of these indices, each cut as ``sample_volume`` cuts it."""
