@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from berdiff_fast.data import facts
+from berdiff_fast.data.chunking import warn_of_chunks
 from berdiff_fast.data.facts import PROVENANCE as PROVENANCE
 from berdiff_fast.io import contained
 from berdiff_fast.preprocessing import Preprocessing, Statistics
@@ -37,7 +38,8 @@ class RaterDataset(Dataset):
 
     Args:
         path: the HDF5 file.
-        in_memory: read all of it now. Else slices are read when asked for; every worker process opens the file anew.
+        in_memory: read all of it now. Else slices are read when asked for; every worker process opens the file anew,
+            and a warning says so where its chunks make that slow.
         spatial_dims: 2 for slices, 3 for volumes; by default as the file says (its attribute ``spatial_dims``), or its
             shapes: (N, x, H, W) with (N, R, x, H, W) are slices of x channels and x regions.
 
@@ -95,6 +97,8 @@ class RaterDataset(Dataset):
             self._memory: tuple[np.ndarray, np.ndarray] | None = None
             if in_memory:
                 self._memory = self._read_all(image, mask)
+            else:
+                warn_of_chunks(self.path, image, mask)
 
     def _open(self) -> h5py.File:
         try:
