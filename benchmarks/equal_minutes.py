@@ -85,7 +85,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--only", nargs="+", default=[f"{r}:{s}" for r in RECIPES for s in (0, 1)])
     arguments = parser.parse_args()

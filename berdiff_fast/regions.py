@@ -114,7 +114,11 @@ class Regions:
 
     def masks_of(self, label_map: np.ndarray) -> np.ndarray:
         """A mask of each region: bool (K, *shape), of labels (*shape)."""
-        return np.stack([np.isin(label_map, labels) for _, labels in self.table])
+        return np.stack([self.mask_of(label_map, name) for name in self.names])
+
+    def mask_of(self, label_map: np.ndarray, name: str) -> np.ndarray:
+        """The mask of one region: bool, of the labels' shape."""
+        return np.isin(label_map, dict(self.table)[name])
 
     @property
     def own_labels(self) -> tuple[int, ...]:

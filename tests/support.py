@@ -98,6 +98,12 @@ ENVIRONMENT = {
 }
 
 
+def phantom_data(folder: Path) -> dict[str, str]:
+    """Settings of a run on a few phantoms, and on others for its validation."""
+    train, val = phantom_file(folder / "train.h5", 0, 8), phantom_file(folder / "val.h5", 100, 4)
+    return {"train_data": str(train), "val_data": str(val)}
+
+
 def torchrun(processes: int, folder: Path) -> list[str]:
     """What starts ``berdiff-fast`` in so many processes; add its words. Fails if they do not leave their group."""
     program = folder / "program.py"

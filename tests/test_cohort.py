@@ -20,6 +20,7 @@ from berdiff_fast import cli
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.imaging.volumes import write as write_volume
 from berdiff_fast.scans.cases import cases_of, read_list
+from berdiff_fast.scans.result_files import read_summary
 from berdiff_fast.scans.share import Share
 
 
@@ -184,11 +185,21 @@ def test_a_list_says_where(model, tmp_path):
     assert cli.main(words(model, tmp_path / "list.csv", output)) == 0
     rows = {row["case"]: row for row in table(output)}
     assert [*rows] == ["left", "right", "read"] and rows["read"]["ged"] and not rows["left"]["ged"]
-    from berdiff_fast.scans.result_files import read_summary
-
     assert read_summary(output / "left")["slices"] == [0, 1]
     assert read_summary(output / "right")["tiles"] == [[4, 2]]
     assert read_summary(output / "read")["raters"]["count"] == 2
+
+
+def test_a_case_keeps_what_it_does_not_say_itself(model, tmp_path):
+    """A center of its own is instead of the command's roi, and says nothing of slices."""
+    make(tmp_path / "in", 1)
+    (tmp_path / "list.csv").write_text("case,files,center,slices\na,in/case00.nii.gz,8 7,\nb,in/case00.nii.gz,,0 1\n")
+    output = tmp_path / "out"
+    more = ["--slices", "1", "2", "--roi", "2", "18", "1", "17"]
+    assert cli.main(words(model, tmp_path / "list.csv", output, *more)) == 0
+    found = {name: read_summary(output / name) for name in ("a", "b")}
+    assert (found["a"]["slices"], found["b"]["slices"]) == ([1, 2], [0, 1])
+    assert (found["a"]["tiles"], found["b"]["tiles"]) == ([[0, -1]], [[2, 1]])
 
 
 def test_results_among_the_scans_are_no_scans(model, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
-from support import ENVIRONMENT, phantom_file
+from support import ENVIRONMENT, phantom_data
 from torch import nn
 
 import berdiff_fast as bf
@@ -122,11 +122,7 @@ def at_hand(package, monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("phantoms")
-    return {
-        "train_data": str(phantom_file(folder / "train.h5", 0, 8)),
-        "val_data": str(phantom_file(folder / "val.h5", 100, 4)),
-    }
+    return phantom_data(tmp_path_factory.mktemp("phantoms"))
 
 
 def own(name: str = "Net", **arguments) -> nn.Module:

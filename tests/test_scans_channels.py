@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Volumes of several channels and regions: on one grid, scaled by the whole, cut around the head, nested masks."""
 
+import mmap
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 import berdiff_fast as bf
 from berdiff_fast.imaging import volumes
 from berdiff_fast.io.volume import Volume
+from berdiff_fast.scans import sampled
 
 SHAPE = (5, 40, 36)
 
@@ -122,3 +125,13 @@ def test_beyond_the_scan_is_what_was_beyond_it_in_training():
     img = made.preprocess(padded[:, :, 1], made.preprocessing.statistics(torch.from_numpy(arrays)[None]))
     masks = bf.sample(made, img, n=2, steps=2, seed=3)[0].numpy()
     assert np.array_equal(found["WT"].masks[:, 1], masks[:, 0, 4:28, 6:26]) and masks.any()
+
+
+@pytest.mark.skipif(not hasattr(mmap.mmap, "madvise"), reason="memory is given back where the system has madvise")
+def test_the_bits_of_each_region_give_their_memory_back(tmp_path):
+    """They are parts of one file, which has to be found behind each of them."""
+    made, (given, _) = model(), study()
+    found = bf.sample_volume(made, given, n=2, steps=2, work=tmp_path / "work")
+    behind = {id(sampled.file_behind(part.bits)) for part in found.of_region.values()}
+    assert len(behind) == 1 and isinstance(sampled.file_behind(found["TC"].bits), mmap.mmap)
+    assert sampled.file_behind(np.zeros(3)) is None

@@ -147,6 +147,12 @@ def test_a_page_of_each_region(case, model, tmp_path, monkeypatch):
     assert cli.main(["report", str(output)]) == 0
     again = {name: (output / name).read_bytes() for name in names}
     assert again == pages
+    write_moved(case / "GLI-1-t1n.nii.gz", origin=(0.0, 0.0, 0.0))  # other than masks were drawn of: not shown
+    assert cli.main(["report", str(output)]) == 0
+    assert '<option value="1">t1</option>' not in (output / "report.html").read_text()
+    volumes.write(case / "GLI-1-t1n.nii.gz", study()[1].array + np.int16(1), study()[1])  # and so are other values
+    assert cli.main(["report", str(output)]) == 0
+    assert '<option value="1">t1</option>' not in (output / "report.html").read_text()
     monkeypatch.chdir(tmp_path)
     (case / "GLI-1-t1n.nii.gz").unlink()  # the first channel is enough
     assert cli.main(["report", str(output), "--input", str(case / "GLI-1-t2f.nii.gz")]) == 0

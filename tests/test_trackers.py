@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from support import ENVIRONMENT, phantom_file, torchrun
+from support import ENVIRONMENT, phantom_data, torchrun
 
 from berdiff_fast import choices, cli
 from berdiff_fast.training.config import TrainConfig, read_yaml
@@ -45,11 +45,7 @@ TINY = dict(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("phantoms")
-    return {
-        "train_data": str(phantom_file(folder / "train.h5", 0, 8)),
-        "val_data": str(phantom_file(folder / "val.h5", 100, 4)),
-    }
+    return phantom_data(tmp_path_factory.mktemp("phantoms"))
 
 
 class Fake:

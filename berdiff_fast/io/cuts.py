@@ -27,7 +27,7 @@ def foreground(arrays: Iterable[np.ndarray], axis: int) -> Box | None:
     return (slices[0], slices[1] + 1), (rows[0], rows[1] + 1), (columns[0], columns[1] + 1)
 
 
-def starts(shape: Sequence[int], size: Sequence[int], box: Sequence[tuple[int, int]] | None = None) -> list[int]:
+def starts(shape: Sequence[int], size: Sequence[int], box: Sequence[tuple[float, float]] | None = None) -> list[int]:
     """Where a cut of ``size`` begins along each dimension: around the middle of a ``box``, else out of the middle."""
     if box is None:
         return [(length - n) // 2 for length, n in zip(shape, size, strict=True)]

@@ -166,6 +166,8 @@ _WHERE = {
     "center_mm": _numbers(float, 3),
     "roi": _numbers(int, 4),
 }
+#: Those of them that exclude each other.
+IN_SLICE = frozenset({"center", "center_mm", "roi"})
 _COLUMNS = ("case", "files", *_WHERE, "raters", "series")
 
 
@@ -216,7 +218,7 @@ def _listed(path: Path, number: int, row: Mapping[str, str]) -> Case:
                 where[name] = read(text)
             except ValueError as error:
                 raise ValueError(f"input: {path}, line {number}: {name} {error}") from None
-    if len({"center", "center_mm", "roi"} & where.keys()) > 1:
+    if len(IN_SLICE & where.keys()) > 1:
         raise ValueError(f"input: {path}, line {number}: center, center_mm and roi exclude each other")
     files = _files(path, row["files"])
     if not row["case"] or not files:

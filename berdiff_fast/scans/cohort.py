@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from berdiff_fast import locks
 from berdiff_fast.files import own_folder, refuse_link, write_text
 from berdiff_fast.model import fingerprint
 from berdiff_fast.scans.case import Request, sample_case
-from berdiff_fast.scans.cases import PAGE, TABLE, Case
+from berdiff_fast.scans.cases import IN_SLICE, PAGE, TABLE, Case
 from berdiff_fast.scans.result_files import SUMMARY, read_summary
 from berdiff_fast.scans.share import Share
 from berdiff_fast.words import line
@@ -94,7 +94,6 @@ class Cohort:
 
     def _sample_one(self, case: Case) -> str:
         """Draw masks of one case; what became of it."""
-        where = case.where if case.where.keys() - {"slices"} else {**self.where, **case.where}
         try:
             sample_case(
                 self.request,
@@ -103,7 +102,7 @@ class Cohort:
                 series=case.series,
                 raters=case.raters,
                 note={"request_sha256": self.identity(case)},
-                **where,
+                **self._place(case),
             )
         except locks.BusyError:
             return UNFINISHED
@@ -118,6 +117,11 @@ class Cohort:
             return FAILED
         return DONE
 
+    def _place(self, case: Case) -> dict[str, Any]:
+        """Where in its scan: what it says itself, and what is said for all. Of center, center_mm and roi only one."""
+        told = IN_SLICE & case.where.keys()
+        return {**{name: value for name, value in self.where.items() if not (told and name in IN_SLICE)}, **case.where}
+
     @functools.cached_property
     def _model(self) -> str:
         return fingerprint(self.request.model)
@@ -130,7 +134,7 @@ class Cohort:
             "n": request.n,
             "steps": request.steps,
             "options": {k: str(v) for k, v in request.options.items() if k != "max_batch"},
-            "where": {k: v for k, v in {**self.where, **case.where}.items() if v is not None},
+            "where": self._place(case),
             "files": [Path(name).name for name in case.inputs],
             "raters": [Path(name).name for name in case.raters],
             "series": case.series,
@@ -232,25 +236,18 @@ def _plain(value: Any) -> str:
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
-class _bar:
-    """A bar over cases."""
+@contextlib.contextmanager
+def _bar(show: bool, total: int, done: int) -> Iterator[Callable[[str, str], None]]:
+    """A bar over cases; it is told of each what became of it."""
+    if not show:
+        yield lambda name, status: None
+        return
+    from tqdm.auto import tqdm
 
-    def __init__(self, show: bool, total: int, done: int) -> None:
-        self.show, self.total, self.done = show, total, done
-
-    def __enter__(self) -> Callable[[str, str], None]:
-        if not self.show:
-            return lambda name, status: None
-        from tqdm.auto import tqdm
-
-        self.bar = tqdm(total=self.total, initial=self.done, desc="cases", unit="case")
+    with tqdm(total=total, initial=done, desc="cases", unit="case") as bar:
 
         def tell(name: str, status: str) -> None:
-            self.bar.set_postfix_str(f"{name}: {status}", refresh=False)
-            self.bar.update()
+            bar.set_postfix_str(f"{name}: {status}", refresh=False)
+            bar.update()
 
-        return tell
-
-    def __exit__(self, *_: object) -> None:
-        if self.show:
-            self.bar.close()
+        yield tell

@@ -58,13 +58,6 @@ def check_raters(raters: Sequence[Volume], volume: Volume, regions: Regions | No
     return found
 
 
-def masks_of_region(labels: np.ndarray, regions: Regions, name: str | None = None) -> np.ndarray:
-    """Masks, bool, of labels of any shape: of one region, or of all of them together."""
-    if name is None:
-        return labels != 0
-    return np.isin(labels, dict(regions.table)[name])
-
-
 def where_sampled(raters: np.ndarray, plan: Mapping[str, Any]) -> tuple[np.ndarray, list[int]]:
     """Raters' masks in the slices that were sampled, (R, slices, h, w), and how many voxels each marked elsewhere."""
     region = sampled_slices(sampled_region(plan, raters.shape[1:]), plan)

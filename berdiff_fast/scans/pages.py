@@ -17,7 +17,7 @@ from berdiff_fast.imaging import volumes
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.io import raters as raters_io
 from berdiff_fast.regions import Regions
-from berdiff_fast.scans.comparison import check_raters, masks_of_region, sampled_slices, where_sampled
+from berdiff_fast.scans.comparison import check_raters, sampled_slices, where_sampled
 from berdiff_fast.scans.coverage import Coverage
 from berdiff_fast.scans.result_files import SUMMARY, as_private_as, file_name, page_name, read_summary
 from berdiff_fast.scans.sizes import elsewhere
@@ -112,10 +112,10 @@ class Pages:
         several = len(self.channels) > 1
         images = [sampled_slices(one.array, self.provenance) for one in (self.channels if several else (self.volume,))]
         window, unit = windows.of(self.volume, images[0])
-        theirs, names = raters, None
-        if self.regions is not None:
-            names = ("", *self.regions.names)
-            theirs = None if raters is None else masks_of_region(raters, self.regions, region or None)
+        names = None if self.regions is None else ("", *self.regions.names)
+        theirs = None if raters is None else raters != 0
+        if raters is not None and self.regions is not None and region:
+            theirs = self.regions.mask_of(raters, region)
         write_report(
             path,
             np.stack([image.astype(np.float32) for image in images]) if several else images[0],
@@ -175,7 +175,7 @@ def report_again(
         if theirs is not None:
             theirs, outside = where_sampled(theirs, summary)
         labels = np.stack(masks)
-        of_region = {name: masks_of_region(labels, regions, name) for name in regions.names} if regions else {}
+        of_region = {name: regions.mask_of(labels, name) for name in regions.names} if regions else {}
         pages = Pages(volume, _channels(summary, volume, root), regions, told, coverage, anonymize)
         for name, drawn in {"": labels != 0, **of_region}.items():
             with whole_file(root / page_name(name), follow=False) as new:
@@ -208,11 +208,15 @@ def _channels(summary: Mapping[str, Any], volume: Volume, root: Path) -> tuple[V
     found = [volume]
     for name, about in [*summary.get("channels", {}).items()][1:]:
         try:
-            channel = volumes.read(_scan_of({"input": about["file"]}, root))
+            channel = raters_io.onto(volumes.read(_scan_of({"input": about["file"]}, root)), volume)
         except (KeyError, OSError, ValueError):
-            logger.warning("report: the channel %s is not found, so the report shows the first one alone", name)
+            channel = None
+        if channel is None or channel.fingerprint() != about.get("sha256"):
+            logger.warning(
+                "report: the channel %s is not found as it was, so the report shows the first one alone", name
+            )
             return ()
-        found.append(raters_io.onto(channel, volume))
+        found.append(channel)
     return tuple(found) if len(found) > 1 else ()
 
 

@@ -96,7 +96,7 @@ def write(
             about: dict[str, Any] = {"labels": [*labels], **_maps(staged, part, f"_{name}")}
             about["sizes"] = {"of": str(coverage), **sizes_of(part.voxels(), volume)}
             if raters is not None:
-                about["raters"] = _against(part, np.isin(raters, labels), coverage)
+                about["raters"] = _against(part, regions.mask_of(raters, name), coverage)
             of_region[name] = about
         summary["regions"] = of_region
     if report:

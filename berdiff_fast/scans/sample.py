@@ -18,11 +18,11 @@ from berdiff_fast import checks, limits, locks, rng
 from berdiff_fast.imaging.volumes import Volume
 from berdiff_fast.model import BerDiff, fingerprint
 from berdiff_fast.sampling import Sampler
+from berdiff_fast.scans.drawing import SliceBySlice, Way, WholeVolume
 from berdiff_fast.scans.sampled import SampledRegions, SampledVolume
 from berdiff_fast.scans.store import Store
 from berdiff_fast.scans.study import Study
 from berdiff_fast.scans.tiling import Tiling, check_range
-from berdiff_fast.scans.ways import SliceBySlice, Way, WholeVolume
 
 #: What is said before the work, and can be done without.
 hints = logging.getLogger("berdiff_fast.hints")

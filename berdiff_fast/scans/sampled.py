@@ -171,8 +171,17 @@ class SampledRegions:
 
 def let_go(bits: np.ndarray) -> None:
     """Give back memory that shows a file; what is in it stays, and is read again when it is looked at."""
-    if isinstance(bits.base, mmap.mmap) and hasattr(bits.base, "madvise"):  # not on Windows
-        bits.base.madvise(mmap.MADV_DONTNEED)
+    file = file_behind(bits)
+    if file is not None and hasattr(file, "madvise"):  # not on Windows
+        file.madvise(mmap.MADV_DONTNEED)
+
+
+def file_behind(bits: np.ndarray) -> mmap.mmap | None:
+    """The file that an array, or what it is a part of, shows."""
+    found: Any = bits
+    while isinstance(found, np.ndarray):
+        found = found.base
+    return found if isinstance(found, mmap.mmap) else None
 
 
 def sampled_region(plan: Mapping[str, Any], shape: tuple[int, ...]) -> np.ndarray:

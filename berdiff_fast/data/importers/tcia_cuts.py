@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from berdiff_fast.io.padding import lowest_tissue
+from berdiff_fast.io import cuts
 from berdiff_fast.io.volume import Volume
 
 
@@ -48,17 +48,10 @@ class Cutter:
         """The cut (H, W) float32 of a volume of one slice; what is no tissue has the lowest value of the rest."""
         array = volume.array[0]
         outside = volume.outside(array)
-        x = array.astype(np.float32)
+        x = self._resampled(cuts.tissue(array, outside))
         if outside is not None:
-            x[outside] = lowest_tissue(array, outside)
-        x = self._resampled(x)
-        found = cut_around(x, self._moved(middle), self.size, float(x.min()))
-        if outside is not None:
-            there = cut_around(np.ones(self.shape, bool), self._moved(middle), self.size)
-            beyond = cut_around(self._resampled(outside.astype(np.float32)) > 0, self._moved(middle), self.size)
-            if beyond.any() and (there & ~beyond).any():
-                found[beyond] = found[there & ~beyond].min()
-        return found
+            outside = self._resampled(outside.astype(np.float32)) > 0
+        return cuts.cut(x, self._begin(middle), self.size, outside)
 
     def masks(self, masks: np.ndarray, middle: tuple[float, float]) -> tuple[np.ndarray, bool]:
         """The cuts (..., H, W) bool of masks (..., h, w), and whether they hold all that is marked."""
@@ -66,11 +59,13 @@ class Cutter:
             x = torch.from_numpy(masks.reshape(1, -1, *self.original)).float()
             x = F.interpolate(x, self.shape, mode="nearest-exact")
             masks = x.numpy().reshape(*masks.shape[:-2], *self.shape) > 0.5
-        found = cut_around(masks, self._moved(middle), self.size)
+        found = cuts.cut_masks(masks, self._begin(middle), self.size)
         return found, bool(found.sum() == masks.sum())
 
-    def _moved(self, middle: tuple[float, float]) -> tuple[float, float]:
-        return middle[0] * self.scale[0], middle[1] * self.scale[1]
+    def _begin(self, middle: tuple[float, float]) -> list[int]:
+        """First row and column of the cut around a point of the slice as it is."""
+        points = [m * scale for m, scale in zip(middle, self.scale, strict=True)]
+        return cuts.starts(self.shape, self.size, [(point, point) for point in points])
 
     def _resampled(self, x: np.ndarray) -> np.ndarray:
         if self.shape == self.original:
@@ -78,13 +73,3 @@ class Cutter:
         smaller = any(a < b for a, b in zip(self.shape, self.original, strict=True))
         found = F.interpolate(torch.from_numpy(x)[None, None], self.shape, mode="bilinear", antialias=smaller)
         return found[0, 0].numpy()
-
-
-def cut_around(x: np.ndarray, middle: tuple[float, float], size: tuple[int, int], beyond: float = 0) -> np.ndarray:
-    """The (..., H, W) around a point of (..., h, w), with zeros, or another value, beyond."""
-    found = np.full((*x.shape[:-2], *size), beyond, x.dtype)
-    starts = [round(m - s / 2) for m, s in zip(middle, size, strict=True)]
-    ours = [slice(max(0, -start), min(s, n - start)) for start, s, n in zip(starts, size, x.shape[-2:], strict=True)]
-    theirs = [slice(max(0, start), min(n, start + s)) for start, s, n in zip(starts, size, x.shape[-2:], strict=True)]
-    found[..., ours[0], ours[1]] = x[..., theirs[0], theirs[1]]
-    return found
