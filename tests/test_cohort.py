@@ -190,6 +190,17 @@ def test_a_list_says_where(model, tmp_path):
     assert read_summary(output / "read")["raters"]["count"] == 2
 
 
+def test_names_as_people_give_them(model, tmp_path):
+    """No spreadsheet takes one for a formula, and links lead to where reports are."""
+    make(tmp_path / "in", 1)
+    (tmp_path / "list.csv").write_text("case,files\n=1+1 50%,in/case00.nii.gz\n")
+    output = tmp_path / "out"
+    assert cli.main(words(model, tmp_path / "list.csv", output, "--report")) == 0
+    assert [row["case"] for row in table(output)] == ["'=1+1 50%"]
+    assert 'href="%3D1%2B1%2050%25/report.html"' in (output / "index.html").read_text()
+    assert (output / "=1+1 50%" / "report.html").is_file()
+
+
 def test_a_case_keeps_what_it_does_not_say_itself(model, tmp_path):
     """A center of its own is instead of the command's roi, and says nothing of slices."""
     make(tmp_path / "in", 1)

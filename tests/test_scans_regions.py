@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from pathlib import Path
 
 import nibabel
@@ -122,6 +123,9 @@ def test_raters_of_label_maps(case, model, tmp_path, capsys):
         theirs, ours = (torch.from_numpy(np.isin(np.stack(x), values)).reshape(1, len(x), -1) for x in (raters, read))
         assert about["raters"]["ged"] == pytest.approx(float(metrics.generalized_energy_distance(theirs, ours)[0]))
         assert about["raters"]["sizes"]["voxels"] == theirs[0].sum(1).tolist()
+        page = (output / (f"report_{region}.html" if region else "report.html")).read_text()
+        told = float(re.search(r'id="ged" data-value="([^"]+)"', page)[1])
+        assert told == pytest.approx(about["raters"]["ged"])
     assert summary["regions"]["ET"]["raters"]["sizes"]["voxels"] == [4, 0]
     volumes.write(paths[0], np.where(labels == 4, 3, labels).astype(np.uint8), study()[0])  # as BraTS of 2023 has it
     assert cli.main(command(model, tmp_path / "no", case, "--raters", *paths)) == 1
@@ -184,6 +188,20 @@ def test_segmentations_have_a_segment_for_each_region_and_mask(model, tmp_path):
     assert labels == [name for name, count in voxels.items() if count] and len(labels) >= 3
     mean = pydicom.dcmread(output / "mean.dcm")
     assert {s.SegmentLabel for s in mean.SegmentSequence} <= {f"{r}, mean" for r in TABLE}
+
+
+def test_results_are_as_private_as_the_most_private_channel(case, model, tmp_path):
+    for name, mode in (("t2f", 0o644), ("t1n", 0o600)):
+        (case / f"GLI-1-{name}.nii.gz").chmod(mode)
+    assert cli.main(command(model, tmp_path / "out", case, "--quiet")) == 0
+    assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in (tmp_path / "out").iterdir()} == {0}
+
+
+def test_a_folder_beside_the_channels_does_not_make_a_cohort(case, model, tmp_path):
+    (case / "old").mkdir()
+    (case / "old" / "notes.txt").write_text("of before")
+    assert cli.main(command(model, tmp_path / "out", case, "--quiet")) == 0
+    assert (tmp_path / "out" / "mask_000.nii.gz").is_file()
 
 
 def test_names_stay_out_of_what_is_passed_on(case, model, tmp_path):

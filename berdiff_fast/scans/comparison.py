@@ -43,18 +43,14 @@ def check_raters(raters: Sequence[Volume], volume: Volume, regions: Regions | No
         for s, part in enumerate(rater.array):
             if not part.any():
                 continue
-            values |= set(np.unique(part).tolist())
-            if regions is None:
-                mask[s] = part != 0
-            elif not values - {0} - regions.labels:
-                mask[s] = part
-        marked = values - {0}
-        if regions is None and len(marked) > 1:
-            raise ValueError(f"raters: {rater.path} must hold a mask, of 0 and one other value")
-        if regions is not None and (unknown := sorted(marked - regions.labels)):
-            raise ValueError(
-                f"raters: {rater.path} has the label {unknown[0]:g}, which no region of the model has ({regions})"
-            )
+            values |= set(np.unique(part).tolist()) - {0}
+            if regions is None and len(values) > 1:
+                raise ValueError(f"raters: {rater.path} must hold a mask, of 0 and one other value")
+            if regions is not None and (unknown := sorted(values - regions.labels)):
+                raise ValueError(
+                    f"raters: {rater.path} has the label {unknown[0]:g}, which no region of the model has ({regions})"
+                )
+            mask[s] = part if regions is not None else part != 0
     return found
 
 
