@@ -131,6 +131,44 @@ def test_forty_scans_three_bad_one_process_killed(model, tmp_path):
     assert sum(row["status"] == "done" for row in table(output)) == 37
 
 
+#: Where a process is killed: (module, function, and whether after it or as it is about to replace a file).
+MOMENTS = {
+    "results in place, folder still locked": ("berdiff_fast.scans.results", "install", "after"),
+    "a failure about to be told": ("berdiff_fast.scans.cohort", "line", "after"),
+    "a failure told": ("berdiff_fast.scans.cohort", "append_text", "after"),
+    "table beside its place": ("berdiff_fast.scans.cohort", "write_text", "within"),
+    "page beside its place": ("berdiff_fast.imaging.index", "write_text", "within"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_a_bad_moment(model, tmp_path, moment):
+    """Whatever a killed process was about, the next run leaves what an undisturbed one does: each file, and no other."""
+    source = make(tmp_path / "in", 3, bad=(1,))
+    assert cli.main(words(model, source, tmp_path / "undisturbed")) == 1
+    where, name, when = MOMENTS[moment]
+    program = (
+        f"import {where} as module, os, signal, sys\n"
+        "from berdiff_fast import files\n"
+        f"do = module.{name}\n"
+        "def die(*a):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def replaced(*a, **k):\n"
+        f"    files.keep_mode = {'die' if when == 'within' else 'files.keep_mode'}\n"
+        "    do(*a, **k)\n"
+        "    die()\n"
+        f"module.{name} = replaced\n"
+        "from berdiff_fast import cli\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    output = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", program, *words(model, source, output)], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert cli.main(words(model, source, output)) == 1
+    assert contents(output) == contents(tmp_path / "undisturbed")
+    assert not [*output.glob("*/.unfinished")] and not [*output.glob(".[ci]*")]
+
+
 def test_the_same_by_one_two_and_four_processes(model, tmp_path):
     source = make(tmp_path / "in", 9, bad=(2,))
     found = []

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from berdiff_fast import locks
-from berdiff_fast.files import own_folder, refuse_link, write_text
+from berdiff_fast.files import append_text, own_folder, refuse_link, write_text
 from berdiff_fast.model import fingerprint
 from berdiff_fast.scans.case import Request, sample_case
 from berdiff_fast.scans.cases import IN_SLICE, PAGE, TABLE, Case
-from berdiff_fast.scans.result_files import SUMMARY, read_summary
+from berdiff_fast.scans.result_files import SUMMARY, clear_up, read_summary, remove
 from berdiff_fast.scans.share import Share
 from berdiff_fast.words import line
 
@@ -75,7 +75,9 @@ class Cohort:
             self._failure(case).unlink(missing_ok=True)  # the files may have been mended since
         with _bar(progress, len(self.cases), sum(self.is_done(case) for case in self.cases)) as tell:
             for case in (*own, *share.others(self.cases)):
-                if not self.is_done(case) and not self._failure(case).exists():
+                if self.is_done(case):
+                    clear_up(self.output / case.name)
+                elif not self._reason(case):
                     tell(case.name, self._sample_one(case))
         with contextlib.suppress(OSError):
             failed.rmdir()  # if nothing failed
@@ -112,7 +114,9 @@ class Cohort:
             if self.is_done(case):  # by another process, just now
                 return DONE
             own_folder(self.output / _FAILED)
-            write_text(self._failure(case), line(error) + "\n", follow=False)
+            # By one call, and not by way of a file beside it, which would stay if the process were killed.
+            self._failure(case).unlink(missing_ok=True)
+            append_text(self._failure(case), line(error) + "\n")
             logger.warning("%s: %s", case.name, line(error))
             return FAILED
         return DONE
@@ -153,6 +157,12 @@ class Cohort:
     def _failure(self, case: Case) -> Path:
         return self.output / _FAILED / f"{case.name}.txt"
 
+    def _reason(self, case: Case) -> str:
+        """Why a case failed; empty where it did not, or where who was to write it was killed."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._failure(case).read_text(encoding="utf-8").strip()
+        return ""
+
     def _check(self) -> None:
         """Raise FileExistsError for what stands where results are to be."""
         if self.output.exists() and not self.output.is_dir():
@@ -183,15 +193,17 @@ class Cohort:
             summary = self._summary(case)
             assert summary is not None
             return {"case": case.name, "status": DONE, **_figures(summary, case.name)}
-        failure = self._failure(case)
-        if failure.is_file():
-            return {"case": case.name, "status": FAILED, "error": failure.read_text(encoding="utf-8").strip()}
+        if reason := self._reason(case):
+            return {"case": case.name, "status": FAILED, "error": reason}
         return {"case": case.name, "status": UNFINISHED}
 
     def write_table(self) -> list[dict[str, Any]]:
         """Write ``cohort.csv`` and ``index.html`` of what is there now; the rows."""
         from berdiff_fast.imaging.index import write_index
 
+        for name in (TABLE, PAGE):  # of a process that was killed while it wrote; nobody writes now but us
+            for path in self.output.glob(f".{name}.*"):
+                remove(path)
         rows = self.rows()
         last = ("report", "error")
         names = dict.fromkeys(("case", "status", *(key for row in rows for key in row if key not in last), *last))

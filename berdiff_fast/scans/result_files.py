@@ -101,6 +101,17 @@ def folder(
         work.rmdir()
 
 
+def clear_up(root: Path) -> None:
+    """Remove what a run left in a folder of results that was killed once they were there; nothing while one works."""
+    work = root / WORK
+    if work.is_symlink() or not work.is_dir():
+        return
+    with contextlib.suppress(OSError, locks.BusyError):  # another run's, or gone meanwhile
+        with locks.exclusive(work):
+            _empty(work)
+        work.rmdir()
+
+
 def _lock(stack: contextlib.ExitStack, work: Path) -> None:
     for attempt in range(10):
         own_folder(work, 0o700)
