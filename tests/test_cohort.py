@@ -143,7 +143,7 @@ MOMENTS = {
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_a_bad_moment(model, tmp_path, moment):
-    """Whatever a killed process was about, the next run leaves what an undisturbed one does: each file, and no other."""
+    """Whatever a killed process was about, the next run leaves the files of an undisturbed one, and no other."""
     source = make(tmp_path / "in", 3, bad=(1,))
     assert cli.main(words(model, source, tmp_path / "undisturbed")) == 1
     where, name, when = MOMENTS[moment]
