@@ -179,6 +179,11 @@ def evaluate(
         raise ValueError(f"table must be one of {list(TABLES)}, got {table!r}")
     if table == "parquet":
         import pyarrow  # noqa: F401  before any work
+    if model.preprocessing is None:
+        raise ValueError(
+            f"model: {name or 'it'} does not know how its images were prepared; save it as "
+            "BerDiff(..., preprocessing=bf.Preprocessing(...))"
+        )
     for attribute in ("spatial_dims", "img_channels", "mask_channels", "context_slices"):
         theirs, ours = getattr(slices, attribute), getattr(model, attribute)
         if ours is not None and theirs != ours:
